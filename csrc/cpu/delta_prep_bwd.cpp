@@ -1,0 +1,5 @@
+#include "cpu/kernels.h"
+
+namespace deltamem::DELTAMEM_ISA {
+void delta_prep_bwd(const DeltaPrepBwdParams&, int) {}
+}  // namespace deltamem::DELTAMEM_ISA

@@ -1,0 +1,53 @@
+"""Launchers of the delta-rule scan."""
+
+import torch
+
+from deltamem_kernels.native import _cpu
+from deltamem_kernels.ops import SEGMENT_LEN, tape_shape
+
+
+def delta_scan_fwd(
+    mem_q,
+    mem_k,
+    mem_v,
+    beta,
+    lam,
+    initial_state,
+    token_mask,
+    cu_seqlens,
+    beta_bias,
+    lam_bias,
+    update_rule,
+    write,
+    use_qk_activation_in_kernel,
+    use_gate_in_kernel,
+    segment_len,
+    save_tape,
+):
+    B, T, H, R = mem_q.shape
+    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    reads = mem_q.new_empty((B, T, H, R), dtype=torch.float32)
+    final_state = mem_q.new_empty((rows, H, R, R), dtype=torch.float32)
+    tape = mem_q.new_empty(tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,), dtype=torch.float32)
+    _cpu.delta_scan_fwd(
+        mem_q,
+        mem_k,
+        mem_v,
+        beta,
+        lam,
+        initial_state,
+        token_mask,
+        cu_seqlens,
+        beta_bias,
+        lam_bias,
+        update_rule,
+        write,
+        use_qk_activation_in_kernel,
+        use_gate_in_kernel,
+        segment_len or SEGMENT_LEN,
+        reads,
+        final_state,
+        tape if save_tape else None,
+        torch.get_num_threads(),
+    )
+    return reads, final_state, tape

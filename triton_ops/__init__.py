@@ -1,0 +1,1 @@
+"""Triton kernels with their launchers, one module per op family."""
