@@ -28,7 +28,9 @@ def delta_scan_fwd(
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     reads = mem_q.new_empty((B, T, H, R), dtype=torch.float32)
     final_state = mem_q.new_empty((rows, H, R, R), dtype=torch.float32)
-    tape = mem_q.new_empty(tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,), dtype=torch.float32)
+    tape = mem_q.new_empty(
+        tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,), dtype=torch.float32
+    )
     _cpu.delta_scan_fwd(
         mem_q,
         mem_k,
@@ -51,3 +53,46 @@ def delta_scan_fwd(
         torch.get_num_threads(),
     )
     return reads, final_state, tape
+
+
+def delta_scan_with_state_pool(
+    mem_q,
+    mem_k,
+    mem_v,
+    beta,
+    lam,
+    state_pool,
+    state_indices,
+    output_state_indices,
+    has_initial_state,
+    token_mask,
+    cu_seqlens,
+    beta_bias,
+    lam_bias,
+    update_rule,
+    write,
+    use_qk_activation_in_kernel,
+    use_gate_in_kernel,
+    reads,
+):
+    _cpu.delta_scan_with_state_pool(
+        mem_q,
+        mem_k,
+        mem_v,
+        beta,
+        lam,
+        state_pool,
+        state_indices,
+        output_state_indices,
+        has_initial_state,
+        token_mask,
+        cu_seqlens,
+        beta_bias,
+        lam_bias,
+        update_rule,
+        write,
+        use_qk_activation_in_kernel,
+        use_gate_in_kernel,
+        reads,
+        torch.get_num_threads(),
+    )
