@@ -1,7 +1,7 @@
 """Host cost of one public call: from the Python call to a launcher that does nothing.
 
-The backend's launchers are replaced by functions that return results made once, so what remains is validation,
-choice of backend, allocation of the results of in-place functions, and the dispatcher.
+The backend's launchers are replaced by functions that return results made once. What remains is validation,
+the choice of backend, the allocation of results that an op fills in place, and the dispatcher.
 """
 
 import importlib
