@@ -26,6 +26,22 @@ inline int64_t packed_end(const Rows& rows) {
   return *rows.cu_seqlens.at<int32_t>(rows.cu_seqlens.size[0] - 1);
 }
 
+// The row that token (batch, t) belongs to; -1 past the last packed sequence.
+inline int64_t row_of(const Rows& rows, int64_t batch, int64_t t) {
+  if (!rows.cu_seqlens) return batch;
+  const int32_t* cu = rows.cu_seqlens.at<int32_t>();
+  int64_t low = 0, high = rows.cu_seqlens.size[0];  // the first entry above t lies in [low, high]
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (cu[middle] > t) {
+      high = middle;
+    } else {
+      low = middle + 1;
+    }
+  }
+  return low == rows.cu_seqlens.size[0] ? -1 : low - 1;
+}
+
 inline bool is_masked(const Rows& rows, int64_t batch, int64_t token) {
   return rows.token_mask && !*rows.token_mask.at<bool>(batch, token);
 }

@@ -169,6 +169,29 @@ inline F32 select(I32 mask, F32 a, F32 b) {
 inline F32 vmax(F32 a, F32 b) { return select(a > b, a, b); }
 inline F32 vmin(F32 a, F32 b) { return select(a < b, a, b); }
 
+// Lanes of two vectors by parity, evens a0 a2 .. b0 b2 .. and odds a1 a3 .. b1 b3 .., and back: a0 b0 a1 b1 .. of
+// their lower and of their upper halves.
+template <int... lane>
+struct Lanes {
+  static F32 evens(F32 a, F32 b) { return __builtin_shufflevector(a, b, (2 * lane)...); }
+  static F32 odds(F32 a, F32 b) { return __builtin_shufflevector(a, b, (2 * lane + 1)...); }
+  static F32 interleave_low(F32 a, F32 b) {
+    return __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * kWidth)...);
+  }
+  static F32 interleave_high(F32 a, F32 b) {
+    return __builtin_shufflevector(a, b, ((lane + kWidth) / 2 + lane % 2 * kWidth)...);
+  }
+};
+#if defined(__AVX512F__)
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15>;
+#else
+using AllLanes = Lanes<0, 1, 2, 3, 4, 5, 6, 7>;
+#endif
+inline F32 evens(F32 a, F32 b) { return AllLanes::evens(a, b); }
+inline F32 odds(F32 a, F32 b) { return AllLanes::odds(a, b); }
+inline F32 interleave_low(F32 a, F32 b) { return AllLanes::interleave_low(a, b); }
+inline F32 interleave_high(F32 a, F32 b) { return AllLanes::interleave_high(a, b); }
+
 inline float reduce_add(F32 x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(reinterpret_cast<__m512>(x));

@@ -1,5 +1,5 @@
-"""The specification in plain PyTorch: every op, one short file per family, any device, fp64 when everything given is.
+"""The specification in plain PyTorch: every op, one short file per family, on any device, also in fp64.
 
-Written to be read and trusted, not to be fast. The forward functions can be differentiated by autograd, which is what
-the hand-written backward functions beside them are checked against.
+Written to be read and trusted, not to be fast. Autograd can differentiate the forward functions; the
+hand-written backward functions beside them are checked against that.
 """

@@ -8,8 +8,8 @@
     lambda_outside    lam     lam beta    beta
     no_lambda         1       beta        beta
 
-S [R, R] holds a value channel per row and a key channel per column. lam None couples the decay: lam = 1 - beta. A
-masked token reads 0 and holds S. write=False: every token reads the initial state.
+S [R, R] holds a value channel per row and a key channel per column. lam None couples the decay:
+lam = 1 - beta. A masked token reads 0 and holds S. write=False: every token reads the initial state.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import SEGMENT_LEN
 from .precision import compute_dtype, widen, without_autocast
 from .rows import from_rows, spans, to_rows
 
-SEGMENT_LEN = 64  # tokens per saved state, where the caller leaves the choice to the backend
 L2_EPS = 1e-6
 
 
@@ -63,7 +63,7 @@ def gates(beta: Tensor, lam: Tensor | None, update_rule: str) -> tuple[Tensor, T
 def gates_bwd(
     dkeep: Tensor, derase: Tensor, dwrite: Tensor, beta: Tensor, lam: Tensor | None, update_rule: str
 ) -> tuple[Tensor, Tensor]:
-    """(dbeta, dlam) [N, T, H, R]; with a coupled decay dbeta is the total derivative and dlam has no meaning."""
+    """(dbeta, dlam) [N, T, H, R]; of a coupled decay, dbeta is the total derivative."""
     if update_rule == "no_lambda":
         return derase + dwrite, torch.zeros_like(dkeep)
     decay = 1 - beta if lam is None else lam
@@ -74,7 +74,9 @@ def gates_bwd(
     return dbeta - dlam if lam is None else dbeta, dlam
 
 
-def clean_rows(x: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def clean_rows(
+    x: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
     """x as rows [N, T, ...] in the arithmetic's dtype; what masked tokens hold (NaN, even) is 0."""
     if x is None:
         return None
@@ -89,15 +91,25 @@ def valid_rows(mem_q: Tensor, token_mask: Tensor | None, cu_seqlens: Tensor | No
     return to_rows(token_mask, cu_seqlens)
 
 
-def finish_steps(raw: Steps, beta_bias: Tensor | None, lam_bias: Tensor | None, activation: bool, gated: bool) -> Steps:
-    """The activations that the caller left to the op."""
-    q, k, v, beta, lam, valid = raw
+def take_steps(
+    tokens: tuple[Tensor | None, ...],
+    valid: Tensor,
+    cu_seqlens: Tensor | None,
+    biases: tuple[Tensor | None, Tensor | None],
+    activation: bool,
+    gated: bool,
+    dtype: torch.dtype,
+) -> tuple[Steps, Steps]:
+    """The tokens (mem_q, mem_k, mem_v, beta, lam) as given, and with the activations left to the op."""
+    raw = Steps(*(clean_rows(x, valid, cu_seqlens, dtype) for x in tokens), valid)
+    q, k, v, beta, lam, _ = raw
+    beta_bias, lam_bias = widen(dtype, *biases)
     if activation:
         q, k = activate(q), None if k is None else activate(k)
     if gated:
         beta = None if beta is None else gate(beta, beta_bias)
         lam = None if lam is None else gate(lam, lam_bias)
-    return Steps(q, k, v, beta, lam, valid)
+    return raw, Steps(q, k, v, beta, lam, valid)
 
 
 def read(state: Tensor, x: Tensor) -> Tensor:
@@ -135,13 +147,16 @@ def start_state(initial_state: Tensor | None, q: Tensor) -> Tensor:
 def tape_slots(
     batch: int, tokens: int, cu_seqlens: Tensor | None, segment_len: int, device: torch.device
 ) -> tuple[Tensor, Tensor, int]:
-    """Where segment s of row n starts on the tape, whether the row has it (both [N, S]), and the tape's length."""
+    """Segment s of row n: its place on the tape, whether it exists (both [N, S]); the tape's length."""
     found = spans(batch, tokens, cu_seqlens)
     count = [-(-len(span) // segment_len) for span in found]
     if cu_seqlens is None:
         first, total = [n * c for n, c in enumerate(count)], sum(count)
     else:
-        first, total = [span.start // segment_len + span.row for span in found], tokens // segment_len + len(found)
+        first, total = (
+            [span.start // segment_len + span.row for span in found],
+            tokens // segment_len + len(found),
+        )
     segment = torch.arange(max(count, default=0), device=device)
     used = segment < torch.tensor(count, dtype=torch.int64, device=device)[:, None]
     return torch.tensor(first, dtype=torch.int64, device=device)[:, None] + segment, used, total
@@ -166,13 +181,13 @@ def delta_scan_fwd(
     segment_len: int,
     save_tape: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """reads [B, T, H, R], final_state [N, H, R, R], tape [S, H, R, R] of the states that segments start from."""
+    """reads [B, T, H, R]; final_state [N, H, R, R]; tape [S, H, R, R], the segments' start states."""
     tokens = (mem_q, mem_k, mem_v, beta, lam)
     dtype = compute_dtype(*tokens, initial_state, beta_bias, lam_bias)
     segment_len = segment_len or SEGMENT_LEN
     valid = valid_rows(mem_q, token_mask, cu_seqlens)
-    raw = Steps(*(clean_rows(x, valid, cu_seqlens, dtype) for x in tokens), valid)
-    steps = finish_steps(raw, *widen(dtype, beta_bias, lam_bias), use_qk_activation_in_kernel, use_gate_in_kernel)
+    options = ((beta_bias, lam_bias), use_qk_activation_in_kernel, use_gate_in_kernel, dtype)
+    _, steps = take_steps(tokens, valid, cu_seqlens, *options)
 
     state = start_state(initial_state, steps.q)
     reads, starts = [], []
@@ -192,7 +207,9 @@ def delta_scan_fwd(
     return from_rows(reads, cu_seqlens, mem_q.shape[1]), state.contiguous(), tape
 
 
-def reverse_segment(dstate: Tensor, dreads: Tensor, steps: Steps, first: int, states: list[Tensor], token_gates, grads):
+def reverse_segment(
+    dstate: Tensor, dreads: Tensor, steps: Steps, first: int, states: list[Tensor], token_gates, grads
+):
     """Takes dS from the end of a segment to its start and fills grads at its tokens.
 
     Per row i of S, with s = s_{t-1,i}, g = dS_t,i, a = s.k_t, h = g.k_t:
@@ -223,7 +240,7 @@ def reverse_segment(dstate: Tensor, dreads: Tensor, steps: Steps, first: int, st
 
 
 def reverse(dstate: Tensor, dreads: Tensor, steps: Steps, starts: Tensor, segment_len: int, update_rule: str):
-    """All segments from the last to the first, each replayed from its start state in starts [N, S, H, R, R]."""
+    """All segments from last to first, each replayed from its start state in starts [N, S, H, R, R]."""
     grads = {name: torch.zeros_like(steps.q) for name in ("q", "k", "v", "keep", "erase", "write")}
     token_gates = gates(steps.beta, steps.lam, update_rule)
     for s in reversed(range(starts.shape[1])):
@@ -244,7 +261,7 @@ def reverse_read_only(dstate: Tensor, dreads: Tensor, q: Tensor, state: Tensor):
 def gate_logit_bwd(
     dgate: Tensor, value: Tensor | None, bias: Tensor | None, gated: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(gradient of the gate as given, of its bias) from dgate [N, T, H, R] of the gate that the recurrence took."""
+    """Gradients of the gate as given and of its bias, from that of the gate in use, dgate [N, T, H, R]."""
     if value is None:
         return None, None if bias is None else torch.zeros_like(bias)
     if value.shape[-1] == 1:
@@ -275,13 +292,13 @@ def delta_scan_bwd(
     segment_len: int,
     tape: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of the inputs as given: mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias."""
+    """Gradients of mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias, all as given."""
     tokens = (mem_q, mem_k, mem_v, beta, lam)
     dtype = compute_dtype(*tokens, initial_state, beta_bias, lam_bias)
     segment_len = segment_len or SEGMENT_LEN
     valid = valid_rows(mem_q, token_mask, cu_seqlens)
-    raw = Steps(*(clean_rows(x, valid, cu_seqlens, dtype) for x in tokens), valid)
-    steps = finish_steps(raw, *widen(dtype, beta_bias, lam_bias), use_qk_activation_in_kernel, use_gate_in_kernel)
+    options = ((beta_bias, lam_bias), use_qk_activation_in_kernel, use_gate_in_kernel, dtype)
+    raw, steps = take_steps(tokens, valid, cu_seqlens, *options)
     dr = torch.zeros_like(steps.q) if dreads is None else clean_rows(dreads, valid, cu_seqlens, dtype)
     dstate = start_state(dfinal_state, steps.q)
 
@@ -302,7 +319,7 @@ def delta_scan_bwd(
 
     def result(grad: Tensor | None, given: Tensor | None, per_token: bool) -> Tensor:
         if given is None:
-            return mem_q.new_empty(0, dtype=dtype)
+            return mem_q.new_empty(0)
         grad = from_rows(grad, cu_seqlens, mem_q.shape[1]) if per_token else grad
         return grad.to(given.dtype).contiguous()
 
@@ -335,8 +352,8 @@ def delta_scan_with_state_pool(
 ) -> None:
     """Advances each row's slot of state_pool [P, H, R, R] and fills reads [B, T, H, R].
 
-    output_state_indices [N] (default: state_indices) takes the row's final state, [B, T] the state after each token.
-    An index < 0 stores nothing; a row whose state index is < 0 is padding.
+    output_state_indices: [N] the slots of the final states (default: state_indices), or [B, T] those of
+    the state after each token. An index < 0 stores nothing; a row whose state index is < 0 is padding.
     """
     tokens = (mem_q, mem_k, mem_v, beta, lam)
     dtype = compute_dtype(*tokens, state_pool, beta_bias, lam_bias)
@@ -345,8 +362,8 @@ def delta_scan_with_state_pool(
     source = rows if state_indices is None else state_indices.long()
     active = source >= 0
     valid = valid & active[:, None]
-    raw = Steps(*(clean_rows(x, valid, cu_seqlens, dtype) for x in tokens), valid)
-    steps = finish_steps(raw, *widen(dtype, beta_bias, lam_bias), use_qk_activation_in_kernel, use_gate_in_kernel)
+    options = ((beta_bias, lam_bias), use_qk_activation_in_kernel, use_gate_in_kernel, dtype)
+    _, steps = take_steps(tokens, valid, cu_seqlens, *options)
 
     loaded = active if has_initial_state is None else active & has_initial_state
     state = start_state(None, steps.q)

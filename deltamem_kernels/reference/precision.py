@@ -1,4 +1,4 @@
-"""The arithmetic of the reference: fp64 when every tensor given is fp64, else fp32, whatever the caller's autocast."""
+"""The arithmetic of the reference: fp64 when every tensor given is, else fp32, also under autocast."""
 
 import functools
 

@@ -1,9 +1,10 @@
 """Which tokens belong to which row, and where a row's slots lie in a cache.
 
-A row is one sequence: entry b of a batch, or the tokens cu_seqlens[n] .. cu_seqlens[n + 1] of a packed batch of one.
-Loops take rows as spans; the scan, which advances all rows at once, takes them padded to one length [N, T_max].
+A row is one sequence: entry b of a batch, or tokens cu_seqlens[n] .. cu_seqlens[n + 1] of a packed batch.
+Loops take rows as spans. The scan, which advances all rows at once, takes them padded: [N, T_max].
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -31,11 +32,15 @@ def spans(batch: int, tokens: int, cu_seqlens: Tensor | None) -> list[Span]:
     if cu_seqlens is None:
         return [Span(b, b, 0, tokens) for b in range(batch)]
     ends = cu_seqlens.tolist()
-    return [Span(n, 0, start, stop) for n, (start, stop) in enumerate(zip(ends, ends[1:], strict=False))]
+    return [Span(n, 0, start, stop) for n, (start, stop) in enumerate(pairwise(ends))]
 
 
 def cached_spans(
-    batch: int, tokens: int, token_mask: Tensor | None, cu_seqlens: Tensor | None, state_indices: Tensor | None
+    batch: int,
+    tokens: int,
+    token_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state_indices: Tensor | None,
 ) -> list[Span]:
     """One span per row that is not padding (state_indices < 0), without the row's masked tail."""
     found = spans(batch, tokens, cu_seqlens)
@@ -54,7 +59,9 @@ def covered(found: list[Span], batch: int, tokens: int, device: torch.device) ->
     return inside
 
 
-def positions(found: list[Span], first: list[int], batch: int, tokens: int, device: torch.device) -> Tensor:
+def slot_positions(
+    found: list[Span], first: list[int], batch: int, tokens: int, device: torch.device
+) -> Tensor:
     """int64 [B, T]: token i of a span is at first[row] + i; 0 outside the spans."""
     where = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     for span in found:
@@ -62,8 +69,10 @@ def positions(found: list[Span], first: list[int], batch: int, tokens: int, devi
     return where
 
 
-def slot_index(cache: Tensor, block_table: Tensor | None, row: int, slots: Tensor) -> tuple[int | Tensor, Tensor]:
-    """Index of a row's slots in a dense cache [B, S, ...] or, through block_table [B, pages], a paged [P, page, ...]."""
+def slot_index(
+    cache: Tensor, block_table: Tensor | None, row: int, slots: Tensor
+) -> tuple[int | Tensor, Tensor]:
+    """Index of a row's slots in a dense cache [B, S, ...] or, given block_table, a paged [P, page, ...]."""
     if block_table is None:
         return row, slots
     page_size = cache.shape[1]

@@ -1,0 +1,89 @@
+"""Launchers of the preparation of q, k and v."""
+
+import torch
+
+from deltamem_kernels import _cpu
+
+
+def delta_prep_fwd(
+    q,
+    k,
+    v,
+    reads,
+    delta_q,
+    delta_k,
+    delta_v,
+    q_norm_weight,
+    k_norm_weight,
+    norm_eps,
+    rotary_cos,
+    rotary_sin,
+    rotary_interleaved,
+    positions,
+    cu_seqlens,
+):
+    given = next(x for x in (q, k, v) if x is not None)
+    results = [given.new_empty((0,) if x is None else x.shape) for x in (q, k, v)]
+    _cpu.delta_prep_fwd(
+        q,
+        k,
+        v,
+        reads,
+        delta_q,
+        delta_k,
+        delta_v,
+        q_norm_weight,
+        k_norm_weight,
+        norm_eps,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved,
+        positions,
+        cu_seqlens,
+        *results,
+        torch.get_num_threads(),
+    )
+    return tuple(results)
+
+
+def delta_prep_with_kvcache(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    reads,
+    delta_k,
+    delta_v,
+    k_norm_weight,
+    norm_eps,
+    rotary_cos,
+    rotary_sin,
+    rotary_interleaved,
+    positions,
+    token_mask,
+    cu_seqlens,
+    cache_seqlens,
+    block_table,
+    state_indices,
+):
+    _cpu.delta_prep_with_kvcache(
+        k,
+        v,
+        k_cache,
+        v_cache,
+        reads,
+        delta_k,
+        delta_v,
+        k_norm_weight,
+        norm_eps,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved,
+        positions,
+        token_mask,
+        cu_seqlens,
+        cache_seqlens,
+        block_table,
+        state_indices,
+        torch.get_num_threads(),
+    )
