@@ -9,10 +9,10 @@ namespace {
 // y[m] = S x[m] for M vectors x[m], S as columns s[j]. Accumulators are split to shorten the chain of
 // additions.
 template <int W, int COLS, int M>
-inline __attribute__((always_inline)) void multiply(const Lanes<W>* s, int cols, const float* const (&x)[M],
-                                                    Lanes<W> (&y)[M]) {
+inline __attribute__((always_inline)) void multiply(const RowOf<W>* s, int cols, const float* const (&x)[M],
+                                                    RowOf<W> (&y)[M]) {
   constexpr int A = COLS ? 4 : 2;
-  Lanes<W> sum[M][A];
+  RowOf<W> sum[M][A];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 4
@@ -35,7 +35,7 @@ inline __attribute__((always_inline)) void multiply(const Lanes<W>* s, int cols,
 //   S_t k' = keep (S_{t-1} k') + u (k . k'), so the chain from state to state is passed once for two tokens.
 template <int W, int COLS>
 void advance_rows(float* state, const Steps& x, int row, int64_t count, float* reads, int64_t stride) {
-  using V = Lanes<W>;
+  using V = RowOf<W>;
   const int cols = COLS ? COLS : x.width;
   V s[COLS ? COLS : kMaxRank];
 #pragma GCC unroll 16
@@ -74,11 +74,11 @@ void advance_rows(float* state, const Steps& x, int row, int64_t count, float* r
 template <int W, int COLS>
 void read_rows(const float* state, const Steps& x, int row, int64_t count, float* reads, int64_t stride) {
   const int cols = COLS ? COLS : x.width;
-  Lanes<W> s[COLS ? COLS : kMaxRank];
+  RowOf<W> s[COLS ? COLS : kMaxRank];
 #pragma GCC unroll 16
   for (int j = 0; j < cols; ++j) s[j] = load_lanes<W>(state + j * x.width + row);
   for (int64_t t = 0; t < count; ++t) {
-    Lanes<W> y[1];
+    RowOf<W> y[1];
     multiply<W, COLS, 1>(s, cols, {x.q.at(t)}, y);
     store_lanes<W>(reads + t * stride + row, y[0]);
   }

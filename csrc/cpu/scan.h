@@ -2,7 +2,7 @@
 // kernels that take one over the other. delta_decode advances rows of a pool through scan_pool_row.
 #pragma once
 
-#include "cpu/lanes.h"
+#include "cpu/row_vectors.h"
 #include "cpu/rows.h"
 #include "delta_rule.h"
 

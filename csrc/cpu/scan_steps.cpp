@@ -39,11 +39,11 @@ template <int W>
 void normalize_rows(float* y, int64_t count, int width) {
   for (int64_t t = 0; t < count; t += W) {
     int64_t rows = min<int64_t>(W, count - t);
-    Lanes<W> squares[W];
+    RowOf<W> squares[W];
     for (int r = 0; r < W; ++r) {
-      squares[r] = Lanes<W>{};
+      squares[r] = RowOf<W>{};
       for (int i = 0; r < rows && i < width; i += W) {
-        Lanes<W> x = load_lanes<W>(y + (t + r) * width + i);
+        RowOf<W> x = load_lanes<W>(y + (t + r) * width + i);
         squares[r] = x * x + squares[r];
       }
     }
@@ -63,9 +63,9 @@ void normalize_rows(float* y, int64_t count, int width) {
 template <int W>
 void dot_pairs(const Stream& a, const Stream& b, int64_t pairs, int width, float* out) {
   for (int64_t p = 0; p < pairs; p += W) {
-    Lanes<W> products[W];
+    RowOf<W> products[W];
     for (int r = 0; r < W; ++r) {
-      products[r] = Lanes<W>{};
+      products[r] = RowOf<W>{};
       if (p + r >= pairs) continue;
       const float *x = a.at(2 * (p + r)), *y = b.at(2 * (p + r) + 1);
       for (int i = 0; i < width; i += W)
@@ -160,9 +160,9 @@ void StepsLoader::resolve_gates(Steps& x, int64_t count) {
     constexpr int W = decltype(lanes)::value;
     for (int64_t t = 0; t < count; ++t) {
       for (int i = 0; i < width_; i += W) {
-        Lanes<W> beta = load_lanes<W>(x.beta.at(t) + i);
-        Lanes<W> lam = makes_keep ? 1.0f - beta : load_lanes<W>(x.lam.at(t) + i);
-        Gates<Lanes<W>> g = gates(rule, beta, lam);
+        RowOf<W> beta = load_lanes<W>(x.beta.at(t) + i);
+        RowOf<W> lam = makes_keep ? 1.0f - beta : load_lanes<W>(x.lam.at(t) + i);
+        Gates<RowOf<W>> g = gates(rule, beta, lam);
         if (makes_keep) store_lanes<W>(keep + t * width_ + i, g.keep);
         if (makes_erase) store_lanes<W>(erase + t * width_ + i, g.erase);
       }

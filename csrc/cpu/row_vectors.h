@@ -1,5 +1,5 @@
-// Vectors as long as the state's rows: Lanes<W>, W = 4, 8 or 16 fp32 lanes whatever the instruction set's
-// width.
+// Vectors as long as the rows of a state: RowOf<W>, W = 4, 8 or 16 fp32 lanes whatever the instruction set
+// has.
 #pragma once
 
 #include <utility>
@@ -9,36 +9,36 @@
 namespace deltamem::DELTAMEM_ISA {
 
 template <int W>
-struct LanesOf {
+struct RowTypes {
   typedef float F __attribute__((vector_size(4 * W), aligned(4), may_alias));
   typedef uint32_t U __attribute__((vector_size(4 * W), aligned(4), may_alias));
   typedef uint16_t H __attribute__((vector_size(2 * W), aligned(2), may_alias));
 };
 template <int W>
-using Lanes = typename LanesOf<W>::F;
+using RowOf = typename RowTypes<W>::F;
 
 template <int W>
-inline Lanes<W> load_lanes(const float* p) {
-  return *reinterpret_cast<const Lanes<W>*>(p);
+inline RowOf<W> load_lanes(const float* p) {
+  return *reinterpret_cast<const RowOf<W>*>(p);
 }
 template <int W>
-inline Lanes<W> load_lanes(const bf16* p) {
-  using L = LanesOf<W>;
+inline RowOf<W> load_lanes(const bf16* p) {
+  using L = RowTypes<W>;
   typename L::U wide = __builtin_convertvector(*reinterpret_cast<const typename L::H*>(p), typename L::U)
                        << 16;
-  Lanes<W> x;
+  RowOf<W> x;
   std::memcpy(&x, &wide, sizeof(x));
   return x;
 }
 template <int W>
-inline Lanes<W> load_lanes(const f16* p) {
-  Lanes<W> x;
+inline RowOf<W> load_lanes(const f16* p) {
+  RowOf<W> x;
 #if defined(__F16C__)
   if constexpr (W == 8) {
-    x = reinterpret_cast<Lanes<W>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    x = reinterpret_cast<RowOf<W>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     return x;
   } else if constexpr (W == 4) {
-    x = reinterpret_cast<Lanes<W>>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    x = reinterpret_cast<RowOf<W>>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
     return x;
   }
 #endif
@@ -47,19 +47,19 @@ inline Lanes<W> load_lanes(const f16* p) {
   return x;
 }
 template <int W>
-inline void store_lanes(float* p, Lanes<W> x) {
-  *reinterpret_cast<Lanes<W>*>(p) = x;
+inline void store_lanes(float* p, RowOf<W> x) {
+  *reinterpret_cast<RowOf<W>*>(p) = x;
 }
 
 // In every block of 2 H lanes: the first (Part 0) or second (Part 1) H lanes of a, then those of b.
 template <int W, int H, int Part, int... L>
-inline Lanes<W> interleave(Lanes<W> a, Lanes<W> b, std::integer_sequence<int, L...>) {
+inline RowOf<W> interleave(RowOf<W> a, RowOf<W> b, std::integer_sequence<int, L...>) {
   return __builtin_shufflevector(a, b, (L / H % 2 == 0 ? L : W + L - H) + Part * H...);
 }
 
 // Lane i of the result is the sum over the lanes of p[i]. Overwrites p.
 template <int W, int H = W / 2>
-inline Lanes<W> lane_sums(Lanes<W>* p) {
+inline RowOf<W> lane_sums(RowOf<W>* p) {
   if constexpr (H == 0) {
     return p[0];
   } else {
