@@ -70,7 +70,7 @@ def attend_bwd(
     q, dout, out = (grouped(x, kv_heads) for x in (q, dout, out))
     s = scores(q, k, softmax_scale, softcap)
     lse = lse.unflatten(0, s.shape[:2])[..., None]
-    p = torch.exp(s - lse).masked_fill(~sees | lse.isneginf(), 0)
+    p = torch.exp(s - lse).masked_fill(~sees, 0)
     delta = torch.einsum("ihgd,ihgd->hgi", dout, out)[..., None]
     ds = p * (torch.einsum("ihgd,jhd->hgij", dout, v) - delta) * softmax_scale
     if softcap > 0:

@@ -196,7 +196,7 @@ def delta_scan_fwd(
             starts.append(before)
         reads.append(read_t)
         state = after
-    reads = torch.stack(reads, 1) if reads else torch.zeros_like(steps.q)
+    reads = torch.stack(reads, 1) if reads else steps.q.new_zeros(steps.q.shape)
 
     tape = state.new_empty(0)
     if save_tape:
