@@ -26,13 +26,13 @@ def _names(dtypes):
 
 def _tensor(function, name, x, shape, dtypes, device):
     """``x`` must be a tensor of this shape, one of these dtypes, on this device, contiguous in its last dimension."""
-    if type(x) is not torch.Tensor and not isinstance(x, torch.Tensor):
+    if not isinstance(x, torch.Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
     if x.shape != shape:
         _fail(function, name, f"have shape {tuple(shape)}", tuple(x.shape))
     if x.dtype not in dtypes:
         raise TypeError(f"{function}: {name} must be {_names(dtypes)}, got {_names((x.dtype,))}")
-    if x.get_device() != device.get_device():
+    if x.device != device.device:
         _fail(function, name, f"be on {device.device}", x.device)
     if not x.is_contiguous() and x.stride(-1) != 1 and x.shape[-1] > 1:
         _fail(function, name, "be contiguous in its last dimension", f"strides {x.stride()}")
@@ -179,7 +179,7 @@ def same_tokens(function, q, mem_q):
         _fail(function, "mem_q", f"have q's batch size and tokens {tuple(q.shape[:2])}", tuple(mem_q.shape[:2]))
     if mem_q.dtype not in _floats(q):
         raise TypeError(f"{function}: mem_q must be float64 exactly when q is, got {_names((mem_q.dtype,))}")
-    if mem_q.get_device() != q.get_device():
+    if mem_q.device != q.device:
         _fail(function, "mem_q", f"be on {q.device}", mem_q.device)
 
 
