@@ -28,9 +28,7 @@ def delta_scan_fwd(
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     reads = mem_q.new_empty((B, T, H, R), dtype=torch.float32)
     final_state = mem_q.new_empty((rows, H, R, R), dtype=torch.float32)
-    tape = mem_q.new_empty(
-        tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,), dtype=torch.float32
-    )
+    tape = mem_q.new_empty(tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,), dtype=torch.float32)
     _cpu.delta_scan_fwd(
         mem_q,
         mem_k,
