@@ -31,41 +31,58 @@ inline __attribute__((always_inline)) void multiply(const RowOf<W>* s, int cols,
     y[m] = A == 4 ? (sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]) : sum[m][0] + sum[m][1];
 }
 
+// What the gates and values of one token do to W rows of the state.
+template <int W>
+struct Write {
+  RowOf<W> keep, erase, write, v;
+};
+template <UpdateRule RULE, bool COUPLED, int W>
+inline __attribute__((always_inline)) Write<W> write_of(const Steps& x, int64_t t, int row) {
+  RowOf<W> beta = load_lanes<W>(x.beta.at(t) + row), v = load_lanes<W>(x.v.at(t) + row);
+  RowOf<W> lam = COUPLED ? 1.0f - beta : load_lanes<W>(x.lam.at(t) + row);
+  auto g = gates(RULE, beta, lam);
+  return {g.keep, g.erase, g.write, v};
+}
+
 // W rows of the state, from row `row` on. Two tokens a turn, both from the state before the first:
 //   S_t k' = keep (S_{t-1} k') + u (k . k'), so the chain from state to state is passed once for two tokens.
-template <int W, int COLS>
-void advance_rows(float* state, const Steps& x, int row, int64_t count, float* reads, int64_t stride) {
+// Of a sum of products the first one written becomes the FMA's, so the one that is ready last stands first.
+template <UpdateRule RULE, bool COUPLED, int W, int COLS>
+void advance_rows(float* state, const Steps& steps, int row, int64_t count, float* reads, int64_t stride) {
   using V = RowOf<W>;
+  const Steps x = steps;
   const int cols = COLS ? COLS : x.width;
   V s[COLS ? COLS : kMaxRank];
 #pragma GCC unroll 16
   for (int j = 0; j < cols; ++j) s[j] = load_lanes<W>(state + j * x.width + row);
-  auto at = [row](const Stream& stream, int64_t t) { return load_lanes<W>(stream.at(t) + row); };
+  reads += row;
 
   int64_t t = 0;
   for (; t + 2 <= count; t += 2) {
     const float *k0 = x.k.at(t), *k1 = x.k.at(t + 1);
     V y[4];  // S k0, S k1, S q0, S q1
     multiply<W, COLS, 4>(s, cols, {k0, k1, x.q.at(t), x.q.at(t + 1)}, y);
-    float kk = x.kk[t / 2], kq = x.kq[t / 2];
-    V keep0 = at(x.keep, t), keep1 = at(x.keep, t + 1), erase1 = at(x.erase, t + 1);
-    V u0 = at(x.write, t) * at(x.v, t) - at(x.erase, t) * y[0];
-    V u1 = at(x.write, t + 1) * at(x.v, t + 1) - (erase1 * keep0) * y[1];
-    u1 = u1 - (erase1 * kk) * u0;
-    store_lanes<W>(reads + t * stride + row, y[2]);
-    store_lanes<W>(reads + (t + 1) * stride + row, u0 * kq + keep0 * y[3]);
-    V keep = keep0 * keep1, w0 = keep1 * u0;
+    auto w0 = write_of<RULE, COUPLED, W>(x, t, row), w1 = write_of<RULE, COUPLED, W>(x, t + 1, row);
+    const float kk = x.pairs[t], kq = x.pairs[t + 1];
+    V wrote0 = w0.write * w0.v;
+    V u0 = fma<W>(-w0.erase, y[0], wrote0), kept0 = fma<W>(-w1.keep * w0.erase, y[0], w1.keep * wrote0);
+    V u1 = fma<W>(-w1.erase * w0.keep, y[1], w1.write * w1.v);
+    u1 = fma<W>(-w1.erase * kk, u0, u1);
+    store_lanes<W>(reads + t * stride, y[2]);
+    store_lanes<W>(reads + (t + 1) * stride, u0 * kq + w0.keep * y[3]);
+    V keep = w0.keep * w1.keep;
 #pragma GCC unroll 16
-    for (int j = 0; j < cols; ++j) s[j] = u1 * k1[j] + (w0 * k0[j] + keep * s[j]);
+    for (int j = 0; j < cols; ++j) s[j] = u1 * k1[j] + (kept0 * k0[j] + keep * s[j]);
   }
   if (t < count) {
     const float* k = x.k.at(t);
     V y[2];  // S k, S q
     multiply<W, COLS, 2>(s, cols, {k, x.q.at(t)}, y);
-    V keep = at(x.keep, t), u = at(x.write, t) * at(x.v, t) - at(x.erase, t) * y[0];
-    store_lanes<W>(reads + t * stride + row, y[1]);
+    auto w = write_of<RULE, COUPLED, W>(x, t, row);
+    V u = fma<W>(-w.erase, y[0], w.write * w.v);
+    store_lanes<W>(reads + t * stride, y[1]);
 #pragma GCC unroll 16
-    for (int j = 0; j < cols; ++j) s[j] = u * k[j] + keep * s[j];
+    for (int j = 0; j < cols; ++j) s[j] = u * k[j] + w.keep * s[j];
   }
 #pragma GCC unroll 16
   for (int j = 0; j < cols; ++j) store_lanes<W>(state + j * x.width + row, s[j]);
@@ -82,6 +99,15 @@ void read_rows(const float* state, const Steps& x, int row, int64_t count, float
     multiply<W, COLS, 1>(s, cols, {x.q.at(t)}, y);
     store_lanes<W>(reads + t * stride + row, y[0]);
   }
+}
+
+// Calls f with the rule and whether its decay is coupled, as Int.
+template <class F>
+void dispatch_rule(UpdateRule rule, bool coupled, F&& f) {
+  if (rule == UpdateRule::no_lambda) return f(Int<static_cast<int>(UpdateRule::no_lambda)>{}, Int<true>{});
+  auto with = [&](auto rule) { return coupled ? f(rule, Int<true>{}) : f(rule, Int<false>{}); };
+  if (rule == UpdateRule::standard) return with(Int<static_cast<int>(UpdateRule::standard)>{});
+  with(Int<static_cast<int>(UpdateRule::lambda_outside)>{});
 }
 
 // Stores the state of (row n, head) to its output slot; slot < 0: nothing.
@@ -103,11 +129,15 @@ void zero_rows(const Tensor& reads, int64_t batch, int64_t first, int64_t count)
 
 }  // namespace
 
-void advance(float* state, const Steps& steps, int64_t count, float* reads, int64_t stride) {
-  dispatch_rank(steps.width, [&](auto lanes, auto columns) {
-    constexpr int W = decltype(lanes)::value, COLS = decltype(columns)::value;
-    for (int row = 0; row < steps.width; row += W)
-      advance_rows<W, COLS>(state, steps, row, count, reads, stride);
+void advance(UpdateRule rule, float* state, const Steps& steps, int64_t count, float* reads, int64_t stride) {
+  dispatch_rule(rule, !steps.lam.data, [&](auto rule, auto coupled) {
+    dispatch_rank(steps.width, [&](auto lanes, auto columns) {
+      constexpr int W = decltype(lanes)::value, COLS = decltype(columns)::value;
+      constexpr UpdateRule RULE = static_cast<UpdateRule>(decltype(rule)::value);
+      for (int row = 0; row < steps.width; row += W) {
+        advance_rows<RULE, decltype(coupled)::value, W, COLS>(state, steps, row, count, reads, stride);
+      }
+    });
   });
 }
 
@@ -158,7 +188,7 @@ void scan_tokens(const Memory& memory, const Rows& rows, int64_t batch, int64_t 
     float* target = padded ? scratch.reads.data : reads.at<float>(batch, t, head);
     const int64_t stride = padded ? steps.width : reads.stride[1];
     if (memory.write) {
-      advance(scratch.state, steps, n, target, stride);
+      advance(memory.update_rule, scratch.state, steps, n, target, stride);
     } else {
       read_only(scratch.state, steps, n, target, stride);
     }

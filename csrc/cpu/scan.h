@@ -19,13 +19,11 @@ struct Stream {
   const float* at(int64_t t) const { return data + t * stride; }
 };
 
-// Up to kBlock unmasked tokens of one row and head, activated, with the update rule resolved. Rows are padded
-// with zeros to `width` floats.
+// Up to kBlock unmasked tokens of one row and head, activated. Rows are padded with zeros to `width` floats.
 struct Steps {
   int width = 0;
-  Stream q, k, v, keep, erase, write;
-  Stream beta, lam;                          // what keep and erase were made from; lam unset when coupled
-  const float *kk = nullptr, *kq = nullptr;  // k_t . k_{t+1} and k_t . q_{t+1} of tokens t = 0, 2, 4, ...
+  Stream q, k, v, beta, lam;     // lam unset when coupled, and with no_lambda
+  const float* pairs = nullptr;  // for tokens t = 0, 2, 4 ..: k_t . k_{t+1} at t, k_t . q_{t+1} at t + 1
 };
 
 // Scratch of one thread: the rows that Steps point to where the caller's tensors cannot serve as they are.
@@ -42,7 +40,6 @@ class StepsLoader {
   Stream rows(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head, bool fresh);
   Stream activated(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head);
   Stream gate(const Tensor& t, const Tensor& bias, int64_t batch, int64_t first, int64_t count, int64_t head);
-  void resolve_gates(Steps& steps, int64_t count);
   void multiply_pairs(Steps& steps, int64_t count);
 
   const Memory& memory_;
@@ -59,7 +56,7 @@ void load_state(const Tensor& source, int64_t i0, int64_t i1, int64_t rank,
 void store_state(const Tensor& target, int64_t i0, int64_t i1, const float* state);
 
 // state <- state after `count` tokens; reads[t * stride ...] <- what token t reads (width floats each).
-void advance(float* state, const Steps& steps, int64_t count, float* reads, int64_t stride);
+void advance(UpdateRule rule, float* state, const Steps& steps, int64_t count, float* reads, int64_t stride);
 // reads only: every token reads `state`.
 void read_only(const float* state, const Steps& steps, int64_t count, float* reads, int64_t stride);
 
