@@ -34,6 +34,9 @@ CHAINS = {
     "delta_output": (("delta_output_fwd", "delta_output_out"), ("delta_output_bwd",)),
 }
 
+# What `auto` means on this process; anything else than "auto" overrides the table. Read at import.
+DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
+
 MAX_RANK = 64  # of every backend but the reference
 
 
@@ -101,9 +104,7 @@ def _choose(function: str, backend: str, device: str, dtype: torch.dtype, R: int
 
 def choose(function: str, backend: str, x: torch.Tensor, R: int) -> str:
     """The backend that runs ``function`` on inputs like ``x``, or the reason why the named one does not."""
-    if backend == "auto":
-        backend = os.environ.get("DELTAMEM_BACKEND", "auto")
-    return _choose(function, backend, x.device.type, x.dtype, R)
+    return _choose(function, DEFAULT if backend == "auto" else backend, x.device.type, x.dtype, R)
 
 
 def explain(function, *args, **kwargs) -> None:
@@ -136,6 +137,6 @@ def explain(function, *args, **kwargs) -> None:
 def _why(given: dict, chosen: str) -> str:
     if given["backend"] != "auto":
         return f"backend={chosen!r} was asked for"
-    if "DELTAMEM_BACKEND" in os.environ:
+    if DEFAULT != "auto":
         return f"DELTAMEM_BACKEND={chosen} was asked for"
     return f"the auto table prefers {chosen}"

@@ -149,7 +149,7 @@ def tape_slots(
 ) -> tuple[Tensor, Tensor, int]:
     """Segment s of row n: its place on the tape, whether it exists (both [N, S]); the tape's length."""
     found = spans(batch, tokens, cu_seqlens)
-    count = [-(-len(span) // segment_len) for span in found]
+    count = [-(-span.length // segment_len) for span in found]
     if cu_seqlens is None:
         first, total = [n * c for n, c in enumerate(count)], sum(count)
     else:
@@ -196,7 +196,7 @@ def delta_scan_fwd(
             starts.append(before)
         reads.append(read_t)
         state = after
-    reads = torch.stack(reads, 1) if reads else torch.zeros_like(steps.q)
+    reads = torch.stack(reads, 1) if reads else steps.q.new_zeros(steps.q.shape)
 
     tape = state.new_empty(0)
     if save_tape:
