@@ -51,8 +51,8 @@ inline void store_lanes(float* p, RowOf<W> x) {
   *reinterpret_cast<RowOf<W>*>(p) = x;
 }
 
-// a * b + c in one rounding where there is an instruction: where the chain of latencies matters, the compiler's own
-// choice of the product to contract is not left to it.
+// a * b + c in one rounding where there is an instruction: where the chain of latencies matters, the
+// compiler's own choice of the product to contract is not left to it.
 template <int W>
 inline RowOf<W> fma(RowOf<W> a, RowOf<W> b, RowOf<W> c) {
 #if defined(__AVX512F__)
