@@ -1,48 +1,10 @@
 // reads_t = S_{t-1} q_t and the update of S, token after token. A row of the state is a lane; columns are
 // vectors.
 #include "cpu/kernels.h"
-#include "cpu/scan.h"
+#include "cpu/scan_kernel.h"
 
 namespace deltamem::DELTAMEM_ISA {
 namespace {
-
-// y[m] = S x[m] for M vectors x[m], S as columns s[j]. Accumulators are split to shorten the chain of
-// additions.
-template <int W, int COLS, int M>
-inline __attribute__((always_inline)) void multiply(const RowOf<W>* s, int cols, const float* const (&x)[M],
-                                                    RowOf<W> (&y)[M]) {
-  constexpr int A = COLS ? 4 : 2;
-  RowOf<W> sum[M][A];
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-    for (int a = 0; a < A; ++a) sum[m][a] = s[a] * x[m][a];
-  }
-#pragma GCC unroll 16
-  for (int j = A; j < cols; j += A) {
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 4
-      for (int a = 0; a < A; ++a) sum[m][a] = s[j + a] * x[m][j + a] + sum[m][a];
-    }
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < M; ++m)
-    y[m] = A == 4 ? (sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3]) : sum[m][0] + sum[m][1];
-}
-
-// What the gates and values of one token do to W rows of the state.
-template <int W>
-struct Write {
-  RowOf<W> keep, erase, write, v;
-};
-template <UpdateRule RULE, bool COUPLED, int W>
-inline __attribute__((always_inline)) Write<W> write_of(const Steps& x, int64_t t, int row) {
-  RowOf<W> beta = load_lanes<W>(x.beta.at(t) + row), v = load_lanes<W>(x.v.at(t) + row);
-  RowOf<W> lam = COUPLED ? 1.0f - beta : load_lanes<W>(x.lam.at(t) + row);
-  auto g = gates(RULE, beta, lam);
-  return {g.keep, g.erase, g.write, v};
-}
 
 // W rows of the state, from row `row` on. Two tokens a turn, both from the state before the first:
 //   S_t k' = keep (S_{t-1} k') + u (k . k'), so the chain from state to state is passed once for two tokens.
@@ -101,22 +63,9 @@ void read_rows(const float* state, const Steps& x, int row, int64_t count, float
   }
 }
 
-// Calls f with the rule and whether its decay is coupled, as Int.
-template <class F>
-void dispatch_rule(UpdateRule rule, bool coupled, F&& f) {
-  if (rule == UpdateRule::no_lambda) return f(Int<static_cast<int>(UpdateRule::no_lambda)>{}, Int<true>{});
-  auto with = [&](auto rule) { return coupled ? f(rule, Int<true>{}) : f(rule, Int<false>{}); };
-  if (rule == UpdateRule::standard) return with(Int<static_cast<int>(UpdateRule::standard)>{});
-  with(Int<static_cast<int>(UpdateRule::lambda_outside)>{});
-}
-
 // Stores the state of (row n, head) to its output slot; slot < 0: nothing.
 void store_slot(const StatePool& pool, int32_t slot, int64_t head, const float* state) {
   if (slot >= 0) store_state(pool.state_pool, slot, head, state);
-}
-
-int team(int num_threads, int64_t items) {
-  return static_cast<int>(max<int64_t>(1, min<int64_t>(num_threads, items)));
 }
 
 void zero_rows(const Tensor& reads, int64_t batch, int64_t first, int64_t count) {
@@ -130,14 +79,11 @@ void zero_rows(const Tensor& reads, int64_t batch, int64_t first, int64_t count)
 }  // namespace
 
 void advance(UpdateRule rule, float* state, const Steps& steps, int64_t count, float* reads, int64_t stride) {
-  dispatch_rule(rule, !steps.lam.data, [&](auto rule, auto coupled) {
-    dispatch_rank(steps.width, [&](auto lanes, auto columns) {
-      constexpr int W = decltype(lanes)::value, COLS = decltype(columns)::value;
-      constexpr UpdateRule RULE = static_cast<UpdateRule>(decltype(rule)::value);
-      for (int row = 0; row < steps.width; row += W) {
-        advance_rows<RULE, decltype(coupled)::value, W, COLS>(state, steps, row, count, reads, stride);
-      }
-    });
+  dispatch_kernel(rule, steps, [&](auto rule, auto coupled, auto lanes, auto columns) {
+    for (int row = 0; row < steps.width; row += lanes.value) {
+      advance_rows<UpdateRule(rule.value), coupled.value, lanes.value, columns.value>(state, steps, row,
+                                                                                      count, reads, stride);
+    }
   });
 }
 
@@ -169,16 +115,22 @@ void store_state(const Tensor& target, int64_t i0, int64_t i1, const float* stat
 }
 
 ScanScratch::ScanScratch(const Memory& memory, int64_t tokens)
-    : loader(memory, tokens),
+    : loader(memory, min(tokens, kBlock)),
       state(padded_rank(memory.mem_q.size[3]) * padded_rank(memory.mem_q.size[3])),
       reads(min(tokens, kBlock) * padded_rank(memory.mem_q.size[3])) {}
+
+int64_t run_length(const Rows& rows, int64_t batch, int64_t first, int64_t count) {
+  if (!rows.token_mask) return count;
+  int64_t n = 0;
+  while (n < count && !is_masked(rows, batch, first + n)) ++n;
+  return n;
+}
 
 void scan_tokens(const Memory& memory, const Rows& rows, int64_t batch, int64_t first, int64_t count,
                  int64_t head, const Tensor& reads, ScanScratch& scratch) {
   const int64_t rank = reads.size[3], end = first + count;
   for (int64_t t = first; t < end;) {
-    int64_t n = 0;
-    while (n < min(kBlock, end - t) && !is_masked(rows, batch, t + n)) ++n;
+    const int64_t n = run_length(rows, batch, t, min(kBlock, end - t));
     if (n == 0) {
       std::memset(reads.at<float>(batch, t++, head), 0, rank * sizeof(float));
       continue;

@@ -30,9 +30,9 @@ void map(float* x, int64_t count, F&& f) {
   for (int64_t i = 0; i < count; i += kWidth) store(x + i, f(load(x + i)));
 }
 
-// y / max(|y|, eps) of every row, W rows at a time.
+// y / max(|y|, eps) of every row, W rows at a time. Keeps the divisors.
 template <int W>
-void normalize_rows(float* y, int64_t count, int width) {
+void normalize_rows(float* y, int64_t count, int width, float* norms) {
   for (int64_t t = 0; t < count; t += W) {
     int64_t rows = min<int64_t>(W, count - t);
     RowOf<W> squares[W];
@@ -43,13 +43,17 @@ void normalize_rows(float* y, int64_t count, int width) {
         squares[r] = x * x + squares[r];
       }
     }
-    float norm[W];
+    float* norm = norms + t;
+    float scale[W];
     store_lanes<W>(norm, lane_sums<W>(squares));
-    for (int r = 0; r < W; ++r) norm[r] = 1.0f / max(__builtin_sqrtf(norm[r]), kL2NormEps);
+    for (int r = 0; r < W; ++r) {
+      norm[r] = max(__builtin_sqrtf(norm[r]), kL2NormEps);
+      scale[r] = 1.0f / norm[r];
+    }
     for (int r = 0; r < rows; ++r) {
       for (int i = 0; i < width; i += W) {
         float* row = y + (t + r) * width + i;
-        store_lanes<W>(row, load_lanes<W>(row) * norm[r]);
+        store_lanes<W>(row, load_lanes<W>(row) * scale[r]);
       }
     }
   }
@@ -57,13 +61,12 @@ void normalize_rows(float* y, int64_t count, int width) {
 
 }  // namespace
 
-// Five streams of rows at most, the products of pairs, and the gates' scalars where rows share them.
-StepsLoader::StepsLoader(const Memory& memory, int64_t tokens)
+// Room for five streams of rows and one of the backward pass, and for five of scalars.
+StepsLoader::StepsLoader(const Memory& memory, int64_t block)
     : memory_(memory),
       rank_(memory.mem_q.size[3]),
-      block_(min(tokens, kBlock)),
       width_(padded_rank(rank_)),
-      scratch_(5 * (block_ * width_ + kWidth) + 3 * (block_ + 3 * kWidth)) {}
+      scratch_(6 * (block * width_ + kWidth) + 5 * (block + 3 * kWidth)) {}
 
 // Floats of scratch, padded to whole vectors.
 float* StepsLoader::take(int64_t count) {
@@ -84,13 +87,15 @@ Stream StepsLoader::rows(const Tensor& t, int64_t batch, int64_t first, int64_t 
   return {target, width_};
 }
 
-Stream StepsLoader::activated(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head) {
+Stream StepsLoader::activated(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head,
+                              const float** norm) {
   Stream x = rows(t, batch, first, count, head, memory_.qk_activation);
   if (memory_.qk_activation) {
-    float* y = const_cast<float*>(x.data);
+    float *y = const_cast<float*>(x.data), *norms = take(count + kWidth);
     map(y, count * width_, [](F32 v) { return tanh(v); });
     dispatch_rank(width_,
-                  [&](auto lanes, auto) { normalize_rows<decltype(lanes)::value>(y, count, width_); });
+                  [&](auto lanes, auto) { normalize_rows<decltype(lanes)::value>(y, count, width_, norms); });
+    *norm = norms;
   }
   return x;
 }
@@ -160,10 +165,10 @@ Steps StepsLoader::load(int64_t batch, int64_t first, int64_t count, int64_t hea
   used_ = 0;
   Steps x;
   x.width = width_;
-  x.q = activated(m.mem_q, batch, first, count, head);
+  x.q = activated(m.mem_q, batch, first, count, head, &x.q_norm);
   if (!m.write) return x;
-  x.k = activated(m.mem_k, batch, first, count, head);
-  x.v = rows(m.mem_v, batch, first, count, head, false);
+  x.k = activated(m.mem_k, batch, first, count, head, &x.k_norm);
+  x.v = rows(m.mem_v, batch, first, count, head);
   x.beta = gate(m.beta, m.beta_bias, batch, first, count, head);
   if (m.lam && m.update_rule != UpdateRule::no_lambda) {
     x.lam = gate(m.lam, m.lam_bias, batch, first, count, head);
