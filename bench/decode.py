@@ -10,10 +10,10 @@ from pathlib import Path
 
 GEOMETRIES = {"qwen3-4b": (32, 8, 128), "smollm3-3b": (16, 4, 128)}  # query heads, kv heads, head size
 COLUMNS = {
-    "geometry": 10,
+    "geometry": -10,
     "B": 2,
     "context": 7,
-    "row": 24,
+    "row": -27,
     "µs": 9,
     "tokens/s/layer": 14,
     "GB/s": 6,

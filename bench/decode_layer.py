@@ -147,8 +147,9 @@ def run_shape(shape: Shape, dtype, device, backends, ceiling, seconds) -> list[d
         "torch + eager delta-mem": copies.chain(eager.DECODE_ATTENTION[best]),
     }
     for backend in backends:
-        cases[f"{backend} kernel, no memory"] = copies.kernel(backend, memory=False)
-        cases[f"{backend} kernel, delta-mem"] = copies.kernel(backend, memory=True)
+        name = "kernel" if backend == "auto" else f"{backend} kernel"
+        cases[f"{name}, no memory"] = copies.kernel(backend, memory=False)
+        cases[f"{name}, delta-mem"] = copies.kernel(backend, memory=True)
     times = timing.measure({"ceiling": [ceiling.call], **cases}, device, seconds)
     rows = []
     for name in cases:

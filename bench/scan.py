@@ -13,7 +13,7 @@ from deltamem_kernels import delta_scan
 
 SHAPES = [(1, 8192, 1, 8), (1, 8192, 4, 8), (8, 1024, 1, 8), (1, 8192, 1, 16), (1, 8192, 1, 32)]  # B, T, H, R
 COLUMNS = {
-    "op": 18,
+    "op": -18,
     "B": 2,
     "T": 5,
     "H": 2,

@@ -341,16 +341,19 @@ def _status_bytes(field: str) -> int:
 
 
 class Table:
-    """Aligned rows, printed as they come, above a running progress bar."""
+    """Aligned rows, printed as they come, above a running progress bar. A negative width aligns to the left."""
 
     def __init__(self, columns: dict[str, int]):
         self.widths = list(columns.values())
         self.row(*columns)
-        tqdm.write("-+-".join("-" * width for width in self.widths))
+        tqdm.write("-+-".join("-" * abs(width) for width in self.widths))
 
     def row(self, *cells: object) -> None:
-        first, *rest = zip((str(cell) for cell in cells), self.widths, strict=True)
-        tqdm.write(" | ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip())
+        padded = [
+            str(cell).rjust(width) if width > 0 else str(cell).ljust(-width)
+            for cell, width in zip(cells, self.widths, strict=True)
+        ]
+        tqdm.write(" | ".join(padded).rstrip())
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> tqdm:

@@ -14,7 +14,7 @@ from deltamem_kernels import fused_delta_attention
 
 COLUMNS = {
     "T": 5,
-    "row": 24,
+    "row": -24,
     "fwd ms": 8,
     "fwd+bwd ms": 10,
     "ratio": 6,

@@ -32,9 +32,7 @@ def rotary_tables(*shape, half):
     return {"rotary_cos": angle.cos(), "rotary_sin": angle.sin()}
 
 
-def prep_args(
-    B=2, T=5, HQ=4, HKV=2, D=6, *, correct=True, norm=True, half=2, gathered=False, packed=None, **options
-):
+def prep_args(B=2, T=5, HQ=4, HKV=2, D=6, *, correct=True, norm=True, half=2, gathered=False, packed=None, **options):
     B = 1 if packed else B
     H, R = 2, 3
     tables = {"rotary_cos": None, "rotary_sin": None}

@@ -13,7 +13,7 @@ EXPECTED = os.environ.get("DELTAMEM_TEST_BACKENDS", "reference,cpu").split(",")
 
 def pytest_runtest_setup(item):
     backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-    if backend and (reason := backends.missing(backend)):
+    if backend and (reason := backends.MISSING[backend]):
         if backend in EXPECTED:
             pytest.fail(f"backend {backend} is expected here: {reason}")
         pytest.skip(reason)

@@ -23,9 +23,7 @@ def autograd(forward, args, cotangents):
     leaves = {name: args[name].detach().clone().requires_grad_() for name in given(args)}
     results = forward(**{**args, **leaves})
     results = results if isinstance(results, tuple) else (results,)
-    pairs = [
-        (y, dy) for y, dy in zip(results, cotangents, strict=False) if dy is not None and y.requires_grad
-    ]
+    pairs = [(y, dy) for y, dy in zip(results, cotangents, strict=False) if dy is not None and y.requires_grad]
     grads = torch.autograd.grad(
         [y for y, _ in pairs], list(leaves.values()), [dy for _, dy in pairs], allow_unused=True
     )

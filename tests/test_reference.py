@@ -63,11 +63,7 @@ def scan_args(B=2, T=7, H=2, R=3, *, gate=None, free=False, state=True, packed=N
 
 
 SCAN_CASES = {
-    **{
-        f"{rule}_{lam}": {"update_rule": rule, "free": lam == "free"}
-        for rule in RULES
-        for lam in ("free", "coupled")
-    },
+    **{f"{rule}_{lam}": {"update_rule": rule, "free": lam == "free"} for rule in RULES for lam in ("free", "coupled")},
     **{f"{rule}_shared_gates": {"update_rule": rule, "free": True, "gate": 1} for rule in RULES},
     "coupled_shared_gates": {"gate": 1, "update_rule": "lambda_outside"},
     "zero_start": {"state": False},
@@ -103,9 +99,7 @@ SCAN_GRADS = ("mem_q", "mem_k", "mem_v", "beta", "lam", "initial_state", "beta_b
 
 def scan_bwd(args, dreads, dfinal_state, tape):
     inputs = {name: x for name, x in args.items() if name != "save_tape"}
-    return dict(
-        zip(SCAN_GRADS, delta_scan.delta_scan_bwd(dreads, dfinal_state, **inputs, tape=tape), strict=True)
-    )
+    return dict(zip(SCAN_GRADS, delta_scan.delta_scan_bwd(dreads, dfinal_state, **inputs, tape=tape), strict=True))
 
 
 @pytest.mark.parametrize("segment_len", [0, 7])
@@ -125,9 +119,7 @@ def test_scan_is_the_official_one(path, segment_len):
     for ours, theirs in {"lam": "decay", "initial_state": "state"}.items():
         grads[theirs] = grads.pop(ours)
     for name in ("mem_q", "mem_k", "mem_v", "beta", "state", *(("decay",) if free else ())):
-        assert_close(
-            grads[name], golden[f"grad_{name}"], **TIGHT, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        assert_close(grads[name], golden[f"grad_{name}"], **TIGHT, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("case", SCAN_CASES)
@@ -174,8 +166,7 @@ def test_packed_scan_is_each_sequence_alone(rule):
     assert tape.shape[0] == 11 // 2 + 4
     for n, (start, stop) in enumerate(pairwise(ends)):
         part = {
-            name: x[:, start:stop] if isinstance(x, torch.Tensor) and x.dim() == 4 else x
-            for name, x in args.items()
+            name: x[:, start:stop] if isinstance(x, torch.Tensor) and x.dim() == 4 else x for name, x in args.items()
         }
         part |= {"initial_state": args["initial_state"][n : n + 1], "cu_seqlens": None}
         alone = delta_scan.delta_scan_fwd(**part)
@@ -184,9 +175,7 @@ def test_packed_scan_is_each_sequence_alone(rule):
         first = start // 2 + n
         assert_close(tape[first : first + -(-(stop - start) // 2)], alone[2], **TIGHT)
     assert (reads[:, ends[-1] :] == 0).all()
-    grads = scan_bwd(
-        args, torch.full_like(reads, NAN).index_copy(1, torch.arange(9), reads[:, :9]), None, tape
-    )
+    grads = scan_bwd(args, torch.full_like(reads, NAN).index_copy(1, torch.arange(9), reads[:, :9]), None, tape)
     for name in ("mem_q", "mem_k", "mem_v", "beta", "lam"):
         assert grads[name].isfinite().all() and (grads[name][:, 9:] == 0).all()
 
@@ -196,10 +185,7 @@ def test_masked_tokens_do_not_exist():
     args = scan_args(B=1, T=9, free=True, token_mask=mask)
     for name in ("mem_q", "mem_k", "mem_v", "beta", "lam"):
         args[name][~mask] = NAN
-    kept = {
-        name: x[mask][None] if isinstance(x, torch.Tensor) and x.shape[1] == 9 else x
-        for name, x in args.items()
-    }
+    kept = {name: x[mask][None] if isinstance(x, torch.Tensor) and x.shape[1] == 9 else x for name, x in args.items()}
     reads, final_state, tape = delta_scan.delta_scan_fwd(**args)
     expected = delta_scan.delta_scan_fwd(**kept | {"token_mask": None})
     assert_close(reads[mask][None], expected[0], **TIGHT)
@@ -247,26 +233,20 @@ def test_pool_takes_the_state_after_each_token(packed):
     before = pool.clone()
     slots = torch.randperm(20, dtype=torch.int32)[: shape.numel()].view(shape) + 4
     slots[0, 0], slots[0, 1] = 0, -1  # row 0's own start slot; a state that is not kept
-    pooled = pool_args(
-        args, pool, state_indices=torch.arange(rows, dtype=torch.int32), output_state_indices=slots
-    )
+    pooled = pool_args(args, pool, state_indices=torch.arange(rows, dtype=torch.int32), output_state_indices=slots)
     delta_scan.delta_scan_with_state_pool(**pooled)
     expected = before.clone()
     spans = [(b, 0, 6, b) for b in range(3)] if packed is None else [(0, 0, 3, 0), (0, 3, 5, 2)]
     for b, start, stop, row in spans:
         for t in range(start, stop):
             part = {
-                n: x[b : b + 1, start : t + 1]
-                for n, x in args.items()
-                if n[:3] in ("mem", "bet") and x is not None
+                n: x[b : b + 1, start : t + 1] for n, x in args.items() if n[:3] in ("mem", "bet") and x is not None
             }
             part |= {"initial_state": before[row : row + 1], "cu_seqlens": None}
             if slots[b, t] >= 0:
                 expected[slots[b, t]] = delta_scan.delta_scan_fwd(**args | part)[1][0]
     assert_close(pool, expected, **TIGHT)
-    assert_close(
-        pooled["reads"], delta_scan.delta_scan_fwd(**args | {"initial_state": before[:3]})[0], **TIGHT
-    )
+    assert_close(pooled["reads"], delta_scan.delta_scan_fwd(**args | {"initial_state": before[:3]})[0], **TIGHT)
 
 
 # ---- delta_output ------------------------------------------------------------------------------------------
@@ -285,9 +265,7 @@ def test_output(normed, residual):
 
     dy = randn(2, 3, 5)
     expected = autograd(delta_output.delta_output_fwd, args, (dy,))
-    grads = delta_output.delta_output_bwd(
-        dy, *(args[n] for n in ("reads", "delta_o", "rms_weight", "rms_eps"))
-    )
+    grads = delta_output.delta_output_bwd(dy, *(args[n] for n in ("reads", "delta_o", "rms_weight", "rms_eps")))
     for name, grad in zip(("reads", "delta_o", "rms_weight"), grads, strict=True):
         assert grad.shape == (0,) if args[name] is None else not assert_close(grad, expected[name], **TIGHT)
     gradcheck(delta_output.delta_output_fwd, args)

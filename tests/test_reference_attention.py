@@ -48,9 +48,7 @@ def test_prep_gradients(case):
     results = delta_prep.delta_prep_fwd(**args)
     cotangents = [None if args[name] is None else randn(*args[name].shape) for name in "qkv"]
     expected = autograd(delta_prep.delta_prep_fwd, args, cotangents)
-    *grads, dcos, dsin = delta_prep.delta_prep_bwd(
-        *cotangents, **args, rotary_grad=args["rotary_cos"] is not None
-    )
+    *grads, dcos, dsin = delta_prep.delta_prep_bwd(*cotangents, **args, rotary_grad=args["rotary_cos"] is not None)
     for name, grad in zip(PREP_GRADS, grads, strict=True):
         if args[name] is None:
             assert grad.shape == (0,), name
@@ -117,11 +115,7 @@ ATTENTION_CASES = {
 @pytest.mark.parametrize("case", ATTENTION_CASES)
 def test_attention(case):
     args = attention_args(**ATTENTION_CASES[case])
-    mask = (
-        torch.ones(args["q"].shape[:2], dtype=torch.bool)
-        if args["token_mask"] is None
-        else args["token_mask"]
-    )
+    mask = torch.ones(args["q"].shape[:2], dtype=torch.bool) if args["token_mask"] is None else args["token_mask"]
     poisoned = args | {n: torch.where(mask[..., None, None], args[n], NAN) for n in "qkv"}
     out, lse = delta_attention.delta_attention_fwd(**poisoned)
     ends = args["cu_seqlens"]
@@ -187,9 +181,7 @@ def test_rounded_once_to_the_dtype_given():
     assert_close(out.float(), delta_attention.delta_attention_fwd(**wide)[0], rtol=2e-2, atol=2e-2)
     prep = {n: low[n] for n in prep_args() if n in low}
     q = delta_prep.delta_prep_fwd(**defaults(delta_prep.delta_prep_fwd, **prep))[0]
-    expected = delta_prep.delta_prep_fwd(**defaults(delta_prep.delta_prep_fwd, **{n: wide[n] for n in prep}))[
-        0
-    ]
+    expected = delta_prep.delta_prep_fwd(**defaults(delta_prep.delta_prep_fwd, **{n: wide[n] for n in prep}))[0]
     assert torch.equal(q, expected.bfloat16())
 
 

@@ -41,8 +41,7 @@ def cache_case(layout):
     if layout == "packed":
         rows = {name: case[name] for name in ("q", "k", "v", "reads")}
         flat = {
-            name: torch.cat([x[b, : NEW[b]] for b in range(3)] + [x[2, :2] * NAN])[None]
-            for name, x in rows.items()
+            name: torch.cat([x[b, : NEW[b]] for b in range(3)] + [x[2, :2] * NAN])[None] for name, x in rows.items()
         }
         case |= {**flat, "token_mask": None, "cu_seqlens": ints(0, 3, 6, 8)}
     return case
@@ -79,9 +78,7 @@ def test_caches(layout, softmax):
     # every row's prepared tokens, by the op without a cache at explicit positions
     position = ints(*FILLED)[:, None] + torch.arange(3, dtype=torch.int32)
     flat = torch.cat([position[b, : NEW[b]] for b in range(3)] + [ints(0, 0)])[None]
-    prep = defaults(delta_prep.delta_prep_fwd, **case) | {
-        "positions": flat if layout == "packed" else position
-    }
+    prep = defaults(delta_prep.delta_prep_fwd, **case) | {"positions": flat if layout == "packed" else position}
     q_prep, *kv_prep = delta_prep.delta_prep_fwd(**prep)
     for name, x in zip(("k_cache", "v_cache"), kv_prep, strict=True):
         for b in (0, 2):
@@ -135,9 +132,7 @@ def test_decode_continues_a_prompt(interleaved):
     tokens = {name: randn(B, T, H, R) for name in ("mem_q", "mem_k", "mem_v", "beta", "lam")}
     args = prep_args(B=B, T=T) | tokens | options
     start = randn(B, H, R, R)
-    scan = defaults(
-        delta_scan.delta_scan_fwd, **args | {"initial_state": start, "segment_len": 0, "save_tape": False}
-    )
+    scan = defaults(delta_scan.delta_scan_fwd, **args | {"initial_state": start, "segment_len": 0, "save_tape": False})
     args["reads"], final_state, _ = delta_scan.delta_scan_fwd(**scan)
     q, k, v = delta_prep.delta_prep_fwd(**defaults(delta_prep.delta_prep_fwd, **args))
     softmax = {name: args[name] for name in ("window_left", "softcap")}

@@ -42,9 +42,7 @@ def scores(q: Tensor, k: Tensor, softmax_scale: float, softcap: float) -> Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, softmax_scale: float, softcap: float):
     """(out [Tq, HQ, D], lse [HQ, Tq]) of one row."""
     s = scores(grouped(q, k.shape[1]), k, softmax_scale, softcap)
-    blind = ~sees.any(
-        -1, keepdim=True
-    )  # [Tq, 1]; finite scores keep their softmax, and its gradient, defined
+    blind = ~sees.any(-1, keepdim=True)  # [Tq, 1]; finite scores keep their softmax, and its gradient, defined
     s = s.masked_fill(~sees, -torch.inf).masked_fill(blind, 0)
     lse = torch.logsumexp(s, -1, keepdim=True)
     out = torch.einsum("hgij,jhd->ihgd", torch.exp(s - lse), v).flatten(1, 2)
@@ -219,9 +217,7 @@ def delta_attention_with_kvcache(
     lse.fill_(-torch.inf)
     for span in found:
         b, where = span.tokens
-        keys = torch.arange(
-            hidden[span.row], max(hidden[span.row], first[span.row] + span.length), device=q.device
-        )
+        keys = torch.arange(hidden[span.row], max(hidden[span.row], first[span.row] + span.length), device=q.device)
         index = slot_index(k_cache, block_table, span.row, keys)
         row_out, row_lse = attend(
             q_prep[b, where],

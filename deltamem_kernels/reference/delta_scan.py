@@ -74,9 +74,7 @@ def gates_bwd(
     return dbeta - dlam if lam is None else dbeta, dlam
 
 
-def clean_rows(
-    x: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
+def clean_rows(x: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """x as rows [N, T, ...] in the arithmetic's dtype; what masked tokens hold (NaN, even) is 0."""
     if x is None:
         return None
@@ -207,9 +205,7 @@ def delta_scan_fwd(
     return from_rows(reads, cu_seqlens, mem_q.shape[1]), state.contiguous(), tape
 
 
-def reverse_segment(
-    dstate: Tensor, dreads: Tensor, steps: Steps, first: int, states: list[Tensor], token_gates, grads
-):
+def reverse_segment(dstate: Tensor, dreads: Tensor, steps: Steps, first: int, states: list[Tensor], token_gates, grads):
     """Takes dS from the end of a segment to its start and fills grads at its tokens.
 
     Per row i of S, with s = s_{t-1,i}, g = dS_t,i, a = s.k_t, h = g.k_t:

@@ -60,9 +60,7 @@ def covered(found: list[Span], batch: int, tokens: int, device: torch.device) ->
     return inside
 
 
-def slot_positions(
-    found: list[Span], first: list[int], batch: int, tokens: int, device: torch.device
-) -> Tensor:
+def slot_positions(found: list[Span], first: list[int], batch: int, tokens: int, device: torch.device) -> Tensor:
     """int64 [B, T]: token i of a span is at first[row] + i; 0 outside the spans."""
     where = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     for span in found:
@@ -70,9 +68,7 @@ def slot_positions(
     return where
 
 
-def slot_index(
-    cache: Tensor, block_table: Tensor | None, row: int, slots: Tensor
-) -> tuple[int | Tensor, Tensor]:
+def slot_index(cache: Tensor, block_table: Tensor | None, row: int, slots: Tensor) -> tuple[int | Tensor, Tensor]:
     """Index of a row's slots in a dense cache [B, S, ...] or, given block_table, a paged [P, page, ...]."""
     if block_table is None:
         return row, slots
