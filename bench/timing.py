@@ -5,6 +5,7 @@ buffer copy, and the copies together are larger than the last-level cache, so th
 there. Cases are timed in turns inside one run, so that their ratios do not carry the machine's drift.
 """
 
+import argparse
 import contextlib
 import ctypes
 import gc
@@ -25,10 +26,10 @@ from tqdm import tqdm
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 METHOD = (
-    "median of interleaved rounds after warm-up, buffers rotated beyond the last-level cache, every case checked "
-    "against fp64 before timing"
+    "medians of interleaved rounds after warm-up, buffers rotated beyond the last-level cache, "
+    "every case checked against fp64 before timing"
 )
-CASES_TAKE_TURNS_S = 0.03  # time one case keeps the machine in a round; long enough to outlive thread hand-over
+TURN_S = 0.03  # how long a case keeps the machine in each round
 
 
 # ---------------------------------------------------------------- environment
@@ -46,6 +47,7 @@ def environment(device: torch.device, dtype: str, method: str = METHOD) -> dict:
         "hardware": _gpu_name() if device.type == "cuda" else _cpu_name(),
         "last_level_cache_bytes": cache_bytes(device),
         "threads": torch.get_num_threads(),
+        "cores_busy_before": _cores_busy(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -61,8 +63,28 @@ def environment(device: torch.device, dtype: str, method: str = METHOD) -> dict:
 
 def print_header(title: str, env: dict) -> None:
     versions = " · ".join(f"{key} {env[key]}" for key in ("deltamem_kernels", "commit", "torch", "triton", "python"))
-    print(f"{title} · {env['dtype']}\n{env['hardware']} · {env['threads']} threads · last-level cache "
-          f"{env['last_level_cache_bytes'] >> 20} MiB\n{versions}\n{env['method']}\n", flush=True)  # fmt: skip
+    print(
+        f"{title} · {env['dtype']}\n{env['hardware']} · {env['threads']} threads · last-level cache "
+        f"{env['last_level_cache_bytes'] >> 20} MiB\n{versions}\n{env['method']}\n",
+        flush=True,
+    )
+    if (env["cores_busy_before"] or 0) > 0.25:
+        print(f"Other processes keep {env['cores_busy_before']:.1f} cores busy: trust the ratios only.\n")
+
+
+def _cores_busy(seconds: float = 0.25) -> float | None:
+    """What other processes use of the machine."""
+
+    def ticks():
+        return [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        spent = [after - start for after, start in zip(ticks(), before, strict=True)]
+    except OSError:
+        return None
+    return os.cpu_count() * (1 - (spent[3] + spent[4]) / max(1, sum(spent)))  # idle and waiting for a disk
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -154,11 +176,13 @@ Case = Sequence[Callable[[], object]]
 
 
 def measure(cases: dict[str, Case], device: torch.device, seconds: float, graph: bool = True) -> dict[str, Timing]:
-    """Time each case for about `seconds`, all cases in turns. On a GPU by events, from graph replays if `graph`."""
+    """Time each case for about `seconds`, in turns. On a GPU by events, from graph replays if `graph`."""
     if device.type != "cuda":
         return _measure_cpu(cases, seconds)
-    return _measure_cuda({name: [_captured(calls)] if graph else list(calls) for name, calls in cases.items()}, seconds,
-                         {name: len(calls) if graph else 1 for name, calls in cases.items()})  # fmt: skip
+    if not graph:
+        return _measure_cuda(cases, dict.fromkeys(cases, 1), seconds)
+    replays = {name: [_captured(calls)] for name, calls in cases.items()}
+    return _measure_cuda(replays, {name: len(calls) for name, calls in cases.items()}, seconds)
 
 
 def _measure_cpu(cases: dict[str, Case], seconds: float) -> dict[str, Timing]:
@@ -169,7 +193,7 @@ def _measure_cpu(cases: dict[str, Case], seconds: float) -> dict[str, Timing]:
         calls[0]()
         start = time.perf_counter()
         calls[-1]()
-        calls_per_round[name] = max(1, int(CASES_TAKE_TURNS_S / max(time.perf_counter() - start, 1e-7)))
+        calls_per_round[name] = max(1, int(TURN_S / max(time.perf_counter() - start, 1e-7)))
     deadline = time.perf_counter() + seconds * len(cases)
     rounds = 0
     while rounds < 3 or time.perf_counter() < deadline:
@@ -202,7 +226,7 @@ def _captured(calls: Case) -> Callable[[], object]:
     return captured.replay
 
 
-def _measure_cuda(cases: dict[str, Case], seconds: float, calls_per_sample: dict[str, int]) -> dict[str, Timing]:
+def _measure_cuda(cases: dict[str, Case], calls_per_sample: dict[str, int], seconds: float) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for calls in cases.values():
         for call in calls:
@@ -245,7 +269,7 @@ class Ceiling:
 
 
 def read_ceiling(device: torch.device) -> Ceiling:
-    """CPU: the fastest torch reduction over a buffer far beyond the cache. GPU: copy, reading and writing counted."""
+    """CPU: the fastest torch reduction of a buffer far beyond the cache. GPU: a copy, counted twice."""
     size = 16 * cache_bytes(device)
     source = torch.empty(size // 4, device=device)
     fill_random(source)
@@ -253,8 +277,12 @@ def read_ceiling(device: torch.device) -> Ceiling:
         target = torch.empty_like(source)
         return Ceiling("copy bandwidth", lambda: target.copy_(source), 2 * size)
     rows, words = source.view(-1, 4096), source.view(torch.int64)
-    candidates = {"sum": source.sum, "row maxima": lambda: rows.amax(1), "row sums": lambda: rows.sum(1),
-                  "int64 sum": words.sum}  # fmt: skip
+    candidates = {
+        "sum": source.sum,
+        "row maxima": lambda: rows.amax(1),
+        "row sums": lambda: rows.sum(1),
+        "int64 sum": words.sum,
+    }
     times = measure({name: [call] for name, call in candidates.items()}, device, 0.2)
     best = min(times, key=lambda name: times[name].median)
     return Ceiling(f"read bandwidth ({best})", candidates[best], size)
@@ -269,7 +297,7 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype) -> Ceiling:
 
 
 def fill_random(tensor: torch.Tensor) -> torch.Tensor:
-    """Standard normal values. One block is drawn and repeated: zeros would flatter the machine, draws are slow."""
+    """Standard normal values, one drawn block repeated: zeros flatter the machine, drawing all is slow."""
     flat = tensor.view(-1)
     block = torch.randn(min(flat.numel(), (1 << 20) + 4099), device=tensor.device).to(tensor.dtype)
     for start in range(0, flat.numel(), block.numel()):
@@ -279,10 +307,10 @@ def fill_random(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes above the level before the call at its highest point, its result included; None if not observable.
+    """The call's highest point above the level before it, in bytes, result included; None if not observable.
 
-    CPU: resident pages, so scratch that a C++ kernel allocates counts too. Page counters lag by some hundred KiB:
-    ask about calls that use megabytes.
+    CPU: resident pages, so scratch that a C++ kernel allocates counts too. Page counters lag by some hundred
+    KiB: ask about calls that use megabytes.
     """
     gc.collect()
     if device.type == "cuda":
@@ -313,16 +341,19 @@ def _status_bytes(field: str) -> int:
 
 
 class Table:
-    """Aligned rows, printed as they come, above a running progress bar."""
+    """Aligned rows, printed as they come, above a running progress bar. A negative width aligns to the left."""
 
     def __init__(self, columns: dict[str, int]):
         self.widths = list(columns.values())
         self.row(*columns)
-        tqdm.write("-+-".join("-" * width for width in self.widths))
+        tqdm.write("-+-".join("-" * abs(width) for width in self.widths))
 
     def row(self, *cells: object) -> None:
-        first, *rest = zip((str(cell) for cell in cells), self.widths, strict=True)
-        tqdm.write(" | ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip())
+        padded = [
+            str(cell).rjust(width) if width > 0 else str(cell).ljust(-width)
+            for cell, width in zip(cells, self.widths, strict=True)
+        ]
+        tqdm.write(" | ".join(padded).rstrip())
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> tqdm:
@@ -344,3 +375,14 @@ def write_results(path: str | None, env: dict, results: list[dict]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps({"environment": env, "results": results}, indent=1) + "\n")
         print(f"results: {target}")
+
+
+def parser(doc: str, dtype: str, seconds: float = 1.0) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    shared = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shared.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    shared.add_argument("--dtype", default=dtype, choices=list(DTYPES))
+    shared.add_argument("--backend", default="auto", help="auto, reference, cpu, triton or cuda")
+    shared.add_argument("--seconds", type=float, default=seconds, help="measuring time per case")
+    shared.add_argument("--output", help="JSON file for the results")
+    return shared

@@ -136,7 +136,8 @@ def tape_shape(mem_q: torch.Tensor, cu_seqlens: torch.Tensor | None, segment_len
 # ---- fakes: shapes and dtypes of results, without data ------------------------------------------------------
 
 
-def _state_dtype(x: torch.Tensor) -> torch.dtype:
+def state_dtype(x: torch.Tensor) -> torch.dtype:
+    """dtype of states, reads and lse beside inputs like ``x``."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -152,9 +153,7 @@ def _fake_scan_fwd(mem_q, mem_k, mem_v, beta, lam, initial_state, token_mask, cu
     B, _, H, R = mem_q.shape
     rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     tape = tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,)
-    return tuple(
-        mem_q.new_empty(shape, dtype=_state_dtype(mem_q)) for shape in (mem_q.shape, (rows, H, R, R), tape)
-    )
+    return tuple(mem_q.new_empty(shape, dtype=state_dtype(mem_q)) for shape in (mem_q.shape, (rows, H, R, R), tape))
 
 
 def _fake_scan_bwd(dreads, dfinal, mem_q, mem_k, mem_v, beta, lam, initial_state, mask, cu, *rest):
@@ -173,12 +172,12 @@ def _fake_prep_bwd(dq, dk, dv, q, k, v, reads, delta_q, delta_k, delta_v, q_norm
     given = next(x for x in (q, k, v) if x is not None)
     grads = [_like(x, given) for x in (q, k, v, reads, delta_q, delta_k, delta_v, q_norm, k_norm)]
     per_token = (*given.shape[:2], cos.shape[-1]) if rotary_grad else (0,)
-    return (*grads, *(given.new_empty(per_token, dtype=_state_dtype(given)) for _ in range(2)))
+    return (*grads, *(given.new_empty(per_token, dtype=state_dtype(given)) for _ in range(2)))
 
 
 def _fake_attention_fwd(q, k, v, *rest):
     B, T, HQ, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((B, HQ, T), dtype=_state_dtype(q))
+    return q.new_empty(q.shape), q.new_empty((B, HQ, T), dtype=state_dtype(q))
 
 
 def _fake_attention_bwd(dout, q, k, v, *rest):
@@ -226,22 +225,21 @@ def _lazy(op: str, backend: str) -> Callable:
     return run
 
 
-def _register() -> tuple[torch.library.Library, dict[tuple[str, str], Callable]]:
-    library = torch.library.Library("deltamem", "DEF")
-    handles = {}
-    for op, (_, arguments, results) in SCHEMAS.items():
-        for backend in ROOMS:
-            overload = f"{op}.{backend}"
-            library.define(f"{overload}({arguments}) -> {results}", tags=torch.Tag.pt2_compliant_tag)
-            library.impl(overload, _lazy(op, backend), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"deltamem::{overload}", _FAKES.get(op, _fake_in_place), lib=library)
-            handles[op, backend] = getattr(getattr(torch.ops.deltamem, op), backend)
-    return library, handles
+_LIBRARY = torch.library.Library("deltamem", "DEF")
 
+# backend -> op -> the launcher, and the op overload ``deltamem::<op>.<backend>`` that dispatches to it
+LAUNCHERS = {backend: {op: _lazy(op, backend) for op in SCHEMAS} for backend in ROOMS}
+OVERLOADS: dict[str, dict[str, Callable]] = {backend: {} for backend in ROOMS}
 
-_LIBRARY, _HANDLES = _register()
+for _op, (_, _arguments, _results) in SCHEMAS.items():
+    for _backend in ROOMS:
+        _name = f"{_op}.{_backend}"
+        _LIBRARY.define(f"{_name}({_arguments}) -> {_results}", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(_name, LAUNCHERS[_backend][_op], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deltamem::{_name}", _FAKES.get(_op, _fake_in_place), lib=_LIBRARY)
+        OVERLOADS[_backend][_op] = getattr(getattr(torch.ops.deltamem, _op), _backend)
 
 
 def handle(op: str, backend: str) -> Callable:
     """The op overload ``deltamem::<op>.<backend>``."""
-    return _HANDLES[op, backend]
+    return OVERLOADS[backend][op]

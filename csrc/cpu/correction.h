@@ -36,22 +36,6 @@ struct HeadCorrection {
   int64_t padded() const { return round_up(D, kWidth); }
 };
 
-// kWidth rows of kCols values become kCols vectors of kWidth: with (row, col) as the bits of a linear index,
-// a round of parity splits rotates the index right by one bit.
-template <int kCols>
-inline void transpose_lanes(F32 (&v)[kCols]) {
-  for (int round = 1; round < kCols; round *= 2) {
-    F32 split[kCols];
-#pragma GCC unroll 16
-    for (int i = 0; i < kCols / 2; ++i) {
-      split[i] = evens(v[2 * i], v[2 * i + 1]);
-      split[i + kCols / 2] = odds(v[2 * i], v[2 * i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kCols; ++i) v[i] = split[i];
-  }
-}
-
 // The first kCols values of D rows, `stride` apart, as columns of target [kCols, padded D]. Returns how many
 // rows are done: whole blocks of kWidth.
 template <int kCols, class T>

@@ -2,7 +2,7 @@
 
 import torch
 
-from deltamem_kernels.native import _cpu
+from deltamem_kernels import _cpu
 
 
 def delta_output_fwd(attn_proj, reads, delta_o, rms_weight, rms_eps, residual):

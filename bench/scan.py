@@ -1,0 +1,167 @@
+"""delta_scan, forward and forward with backward, against a loop over tokens in eager torch.
+
+GB/s counts mem_q, mem_k, mem_v, beta and reads once each, and in the backward their gradients once each.
+"""
+
+from functools import partial
+
+import eager
+import timing
+import torch
+
+from deltamem_kernels import delta_scan
+
+SHAPES = [(1, 8192, 1, 8), (1, 8192, 4, 8), (8, 1024, 1, 8), (1, 8192, 1, 16), (1, 8192, 1, 32)]  # B, T, H, R
+COLUMNS = {
+    "op": -18,
+    "B": 2,
+    "T": 5,
+    "H": 2,
+    "R": 2,
+    "µs": 9,
+    "GB/s": 6,
+    "of bandwidth": 12,
+    "vs torch loop": 13,
+    "vs own forward": 14,
+}
+
+
+def random_inputs(shape, dtype, device):
+    """mem_q, mem_k, mem_v, beta [B, T, H, R], activated."""
+    raw = [torch.randn(shape, device=device) for _ in range(4)]
+    active = eager.activated(raw[0]), eager.activated(raw[1]), raw[2], raw[3].sigmoid()
+    return [x.to(dtype) for x in active]
+
+
+def gradients(scan, inputs, dreads):
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return torch.autograd.grad(scan(*leaves)[0], leaves, dreads)
+
+
+def check(shape, dtype, device, kernel) -> None:
+    """Gate reads, final state and gradients against the loop over tokens in fp64."""
+    inputs = random_inputs(shape, dtype, device)
+    dreads = torch.randn(shape, device=device)
+    truth = [x.double() for x in inputs]
+    names = ["reads", "final_state", "dmem_q", "dmem_k", "dmem_v", "dbeta"]
+
+    def everything(scan, inputs, dreads):
+        return [*scan(*inputs), *gradients(scan, inputs, dreads)]
+
+    loops = everything(lambda *x: eager.scan_loop(*(t.float() for t in x)), inputs, dreads)
+    wants = everything(eager.scan_loop, truth, dreads.double())
+    for name, got, loop, want in zip(names, everything(kernel, inputs, dreads), loops, wants, strict=True):
+        timing.gate(f"delta_scan {shape} {name}", got, want, timing.budget(loop, want, got.dtype))
+
+
+def history_ratio(kernel, tokens, rank, dtype, device) -> dict | None:
+    """Peak memory of forward with backward beyond reads and gradients, against a T·R·R fp32 history."""
+    inputs = random_inputs((1, tokens, 1, rank), dtype, device)
+    dreads = torch.randn(inputs[0].shape, device=device)
+    gradients(kernel, inputs, dreads)
+    peak = timing.peak_memory(partial(gradients, kernel, inputs, dreads), device)
+    if peak is None:
+        return None
+    results = dreads.nbytes + sum(x.nbytes for x in inputs)
+    history = tokens * rank * rank * 4
+    return {"extra_bytes": peak - results, "history_bytes": history, "share": (peak - results) / history}
+
+
+def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
+    check(shape, dtype, device, kernel)
+    bytes_forward = 5 * torch.Size(shape).numel() * dtype.itemsize
+    inputs = [random_inputs(shape, dtype, device) for _ in range(timing.copies_beyond_cache(bytes_forward, device))]
+    dreads = torch.randn(shape, device=device)
+
+    def both(scan):
+        return [partial(gradients, scan, x, dreads) for x in inputs]
+
+    # The loops need no rotation, and take turns of their own: one call lasts longer than all others together.
+    with torch.no_grad():
+        loop = timing.measure({"forward": [partial(eager.scan_loop, *inputs[0])]}, device, seconds, graph=False)
+        forward = timing.measure(
+            {"ceiling": [ceiling.call], "forward": [partial(kernel, *x) for x in inputs]}, device, seconds
+        )
+    loop |= timing.measure({"backward": both(eager.scan_loop)[:1]}, device, seconds, graph=False)
+    own = timing.measure(
+        {"forward": [partial(kernel, *x) for x in inputs], "backward": both(kernel)},
+        device,
+        seconds,
+        graph=False,
+    )
+    rows = []
+    cases = (
+        ("delta_scan fwd", forward["forward"], loop["forward"], 1),
+        ("delta_scan fwd+bwd", own["backward"], loop["backward"], 2.8),
+    )
+    for name, timed, torch_loop, passes in cases:
+        rate = passes * bytes_forward / timed.median
+        rows.append(
+            {
+                "op": name,
+                "B": shape[0],
+                "T": shape[1],
+                "H": shape[2],
+                "R": shape[3],
+                "us": timed.median * 1e6,
+                "us_low": timed.low * 1e6,
+                "us_high": timed.high * 1e6,
+                "samples": timed.samples,
+                "bytes_per_s": rate,
+                "share_of_bandwidth": rate / ceiling.rate(forward["ceiling"]),
+                "speedup_over_torch_loop": torch_loop.median / timed.median,
+                "torch_loop_us_per_token": torch_loop.median * 1e6 / shape[1],
+                "times_own_forward": timed.median / own["forward"].median if passes > 1 else None,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    options = timing.parser(__doc__, "fp32")
+    options.add_argument("--shapes", nargs="+", help="B/T/H/R such as 1/8192/1/8; default: a set of five")
+    options.add_argument("--memory-tokens", type=int, default=1 << 18, help="length of the memory measurement")
+    options = options.parse_args()
+    shapes = [tuple(map(int, text.split("/"))) for text in options.shapes or []] or SHAPES
+    device, dtype = timing.pick_device(options.device), timing.DTYPES[options.dtype]
+    env = timing.environment(device, options.dtype)
+    timing.print_header("delta_scan: reads and final state of a sequence", env)
+
+    def kernel(*inputs):
+        return delta_scan(*inputs, backend=options.backend)
+
+    ceiling = timing.read_ceiling(device)
+    table = timing.Table(COLUMNS)
+    rows = []
+    with timing.progress(shapes, "scan") as bar:
+        for shape in bar:
+            measured = run_shape(shape, dtype, device, kernel, ceiling, options.seconds)
+            for row in measured:
+                own = row["times_own_forward"]
+                table.row(
+                    *(row[key] for key in ("op", "B", "T", "H", "R")),
+                    timing.microseconds(row["us"] * 1e-6),
+                    f"{row['bytes_per_s'] / 1e9:.1f}",
+                    timing.percent(row["share_of_bandwidth"]),
+                    f"{row['speedup_over_torch_loop']:,.0f}x",
+                    f"{own:.2f}x" if own else "",
+                )
+            rows += measured
+    print(
+        f"\ntorch loop: {rows[0]['torch_loop_us_per_token']:.1f} µs a token forward, "
+        f"{rows[1]['torch_loop_us_per_token']:.1f} µs with backward, timed over all tokens. {ceiling.name}."
+    )
+    memory = history_ratio(kernel, options.memory_tokens, shapes[0][3], dtype, device)
+    if memory:
+        print(
+            f"memory: forward with backward of {options.memory_tokens} tokens holds "
+            f"{memory['extra_bytes'] / 2**20:.1f} MiB beyond "
+            f"reads and gradients, {timing.percent(memory['share'])} of the T·R·R history's "
+            f"{memory['history_bytes'] / 2**20:.0f} MiB."
+        )
+        rows.append({"op": "delta_scan bwd memory", **memory})
+    timing.write_results(options.output, env, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Which backends are installed, what each covers, the ``auto`` table, and ``explain``."""
+
+import importlib
+import importlib.util
+import inspect
+import os
+
+import torch
+
+from deltamem_kernels import fused
+from deltamem_kernels.ops import ROOMS, SCHEMAS
+
+# What `auto` tries, in order, per device type. A named backend is only ever itself.
+AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+# public function -> the ops of its chain, forward then backward
+CHAINS = {
+    "delta_scan": (("delta_scan_fwd",), ("delta_scan_bwd",)),
+    "delta_scan_with_state_pool": (("delta_scan_with_state_pool",), ()),
+    "fused_delta_attention": (
+        ("delta_scan_fwd", "delta_prep_fwd", "delta_attention_fwd"),
+        ("delta_attention_bwd", "delta_prep_bwd", "delta_scan_bwd"),
+    ),
+    "fused_delta_attention_with_kvcache": (
+        (
+            "delta_decode",
+            "delta_scan_with_state_pool",
+            "delta_prep_with_kvcache",
+            "delta_attention_with_kvcache",
+        ),
+        (),
+    ),
+    "delta_output": (("delta_output_fwd", "delta_output_out"), ("delta_output_bwd",)),
+}
+
+# What `auto` means on this process; anything else than "auto" overrides the table. Read at import.
+DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
+
+MAX_RANK = 64  # of every backend but the reference
+
+
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its package is absent
+        return False
+
+
+def _missing(backend: str) -> str | None:
+    if backend == "triton" and not _has_module("triton"):
+        return "Triton is not installed (pip install 'triton>=3.6')"
+    if backend == "cpu":
+        try:
+            importlib.import_module("deltamem_kernels._cpu")
+        except ImportError as error:
+            return f"no native module (reinstall deltamem-kernels where a C++ compiler is): {error}"
+    return None
+
+
+# backend -> why it cannot run on this installation and how to get it, or None
+MISSING = {backend: _missing(backend) for backend in ROOMS}
+
+# backend -> the ops that it has kernels for
+COVERED = {
+    backend: {op for op in SCHEMAS if backend != "cuda" and _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")}
+    for backend in ROOMS
+}
+
+
+def refusal(function: str, backend: str, device: str, dtype: torch.dtype, R: int) -> Exception | None:
+    """The error that choosing ``backend`` for this input deserves; None when it runs it."""
+    if backend == "reference":
+        return None
+    if MISSING[backend]:
+        return RuntimeError(f"{function}: backend '{backend}' must be installed, got {MISSING[backend]}")
+    for op in (*CHAINS[function][0], *CHAINS[function][1]):
+        if op not in COVERED[backend]:
+            return NotImplementedError(
+                f"{function}: the {backend} backend has no kernel for {op}; backend='reference' does it"
+            )
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device != wanted:
+        return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {device}")
+    if dtype == torch.float64:
+        return NotImplementedError(f"{function}: float64 is covered by backend='reference' only, got '{backend}'")
+    if R > MAX_RANK:
+        return NotImplementedError(
+            f"{function}: ranks above {MAX_RANK} are covered by backend='reference' only, got {R} on '{backend}'"
+        )
+    return None
+
+
+def choose(function: str, backend: str, x: torch.Tensor, R: int) -> str:
+    """The backend that runs ``function`` on inputs like ``x``, or the reason why the named one does not."""
+    if backend == "auto":
+        backend = DEFAULT
+    device = x.device.type
+    if backend == "auto":
+        for candidate in AUTO.get(device, ("reference",)):
+            if refusal(function, candidate, device, x.dtype, R) is None:
+                return candidate
+    if backend not in ROOMS:
+        raise ValueError(f"{function}: backend must be one of auto, {', '.join(ROOMS)}, got {backend!r}")
+    error = refusal(function, backend, device, x.dtype, R)
+    if error is not None:
+        raise error
+    return backend
+
+
+def explain(function, *args, **kwargs) -> None:
+    """Print the ops that ``function(*args, **kwargs)`` would run, who runs them, and why not the others.
+
+    ``function`` is one of the public functions; nothing is computed.
+
+    Raises:
+        ValueError: ``function`` is not a public function; or what choosing its backend raises.
+    """
+    name = getattr(function, "__name__", repr(function))
+    if name not in CHAINS:
+        raise ValueError(f"explain: function must be one of {', '.join(CHAINS)}, got {name}")
+    arguments = inspect.signature(function).bind(*args, **kwargs)
+    arguments.apply_defaults()
+    given = arguments.arguments
+    x = next(given[key] for key in ("q", "mem_q", "attn_proj") if given.get(key) is not None)
+    R = max((given[key].shape[-1] for key in ("mem_q", "reads") if given.get(key) is not None), default=1)
+    chosen = choose(name, given["backend"], x, R)
+    print(f"{name} on {x.device.type}, {str(x.dtype).removeprefix('torch.')}, R = {R}:")
+    for op in fused.chain(name, given):
+        print(f"  deltamem::{op}.{chosen}")
+    for other in ROOMS:
+        if other != chosen:
+            error = refusal(name, other, x.device.type, x.dtype, R)
+            reason = str(error).removeprefix(f"{name}: ") if error else f"would run it; {_why(given, chosen)}"
+            print(f"  not {other}: {reason}")
+
+
+def _why(given: dict, chosen: str) -> str:
+    if given["backend"] != "auto":
+        return f"backend={chosen!r} was asked for"
+    if DEFAULT != "auto":
+        return f"DELTAMEM_BACKEND={chosen} was asked for"
+    return f"the auto table prefers {chosen}"
