@@ -83,10 +83,10 @@ inline void correction_gradients(const HeadCorrection& head, const float* dc, co
 #pragma GCC unroll 4
     for (int i = 0; i < kBlock; ++i) read[i] = broadcast(reads[i][j]);
     for (int64_t d = 0; d < padded; d += kWidth) {
-      F32 sum = load(ddelta + j * padded + d);
+      F32 sum = zero();  // of the block first: short chains of additions lose the least
 #pragma GCC unroll 4
       for (int i = 0; i < kBlock; ++i) sum = sum + read[i] * load(dc + i * padded + d);
-      store(ddelta + j * padded + d, sum);
+      store(ddelta + j * padded + d, load(ddelta + j * padded + d) + sum);
     }
   }
 }
@@ -104,8 +104,12 @@ class TokenSums {
 
   int64_t parts() const { return parts_; }
   int64_t first_block(int64_t part) const { return part * blocks_ / parts_; }
-  // The sums of a part, still to be cleared by whoever fills them.
   float* part(int64_t part) { return sums_ + part * floats_; }
+  // floats [first, first + n) of a part += block, a block's own sum; n in whole vectors
+  void add(int64_t part, int64_t first, const float* block, int64_t n) {
+    float* sum = this->part(part) + first;
+    for (int64_t i = 0; i < n; i += kWidth) store(sum + i, load(sum + i) + load(block + i));
+  }
   void clear(int64_t part) { std::memset(this->part(part), 0, floats_ * sizeof(float)); }
 
   // target [n] = floats [first, first + n) summed over the parts.

@@ -35,6 +35,7 @@ struct Path {
 struct Scratch {
   Buffer<float> reads, cos, sin;   // [kBlock, HR], [kBlock, rotary_half]: gradients
   Buffer<float> x, dc, corrected;  // [padded D], [kBlock, padded D], [padded D]
+  Buffer<float> norm;              // [padded D]: gradient, of one projection
   Buffer<float> no_reads;          // [HR] zeros, of dead tokens
   int64_t HR, half;
 
@@ -45,6 +46,7 @@ struct Scratch {
         x(padded),
         dc(kBlock * padded),
         corrected(padded),
+        norm(padded),
         no_reads(HR),
         HR(HR),
         half(half) {
@@ -76,7 +78,7 @@ void head_bwd(const Path& path, int64_t h, const Token* block, int length, bool 
       const bool tables = rotary_grad && rotated;
       load_row(path.dy, token.batch, token.t, h, dc, head.D);
       load_row(path.projection.x, token.batch, token.t, h, scratch.x, head.D);
-      prepare_row_bwd(scratch.x, head, inputs, dc, scratch.corrected, sums + path.norm_at,
+      prepare_row_bwd(scratch.x, head, inputs, dc, scratch.corrected, scratch.norm,
                       tables ? scratch.cos + i * scratch.half : nullptr,
                       tables ? scratch.sin + i * scratch.half : nullptr);
     }
@@ -123,9 +125,12 @@ void delta_prep_bwd(const DeltaPrepBwdParams& p, int num_threads) {
         const int length = tokens.fill(n, block, token_scratch);
         scratch.clear_tokens();
         for (const Path& path : paths) {
+          const int64_t norm_size = path.dnorm ? round_up(path.D, kWidth) : 0;
+          std::memset(scratch.norm.data, 0, norm_size * sizeof(float));
           for (int64_t h = 0; h < path.projection.heads; ++h) {
             head_bwd(path, h, block, length, static_cast<bool>(p.drotary_cos), scratch, sums.part(part));
           }
+          sums.add(part, path.norm_at, scratch.norm, norm_size);
         }
         store_token_gradients(p, block, length, scratch);
       }
