@@ -11,11 +11,10 @@ COLOURS = ("#b8bdc9", "#d9a679", "#7fb5a8", "#1f7a6d", "#8e9bd6", "#3f4fa8")
 
 def decode(path, env: dict, rows: list[dict]) -> None:
     panels = list(dict.fromkeys((row["geometry"], row["batch"]) for row in rows))
-    columns = len(dict.fromkeys(batch for _, batch in panels))
+    columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(6.2 * columns, 0.9 + 3.5 * lines), squeeze=False, sharey=True
-    )
+    width, height = max(9.0, 6.2 * columns), 1.2 + 3.3 * lines  # inches
+    figure, axes = plt.subplots(lines, columns, figsize=(width, height), squeeze=False, sharey=True)
     for (geometry, batch), axis in zip(panels, axes.flat, strict=False):
         _panel(axis, [row for row in rows if (row["geometry"], row["batch"]) == (geometry, batch)])
         title = f"{geometry} ({rows_shape(rows, geometry)}), batch {batch}"
@@ -29,7 +28,7 @@ def decode(path, env: dict, rows: list[dict]) -> None:
         handles,
         names,
         loc="upper left",
-        bbox_to_anchor=(0.01, 0.955),
+        bbox_to_anchor=(0.01, 1 - 0.38 / height),
         ncols=len(names),
         frameon=False,
         fontsize=9,
@@ -40,7 +39,9 @@ def decode(path, env: dict, rows: list[dict]) -> None:
     figure.suptitle(
         f"Decode, one attention layer, {env['dtype']}: bandwidth reached, and µs per step",
         x=0.012,
+        y=1 - 0.12 / height,
         ha="left",
+        va="top",
         fontsize=12,
         color=INK,
         fontweight="bold",
@@ -52,7 +53,7 @@ def decode(path, env: dict, rows: list[dict]) -> None:
         fontsize=7.5,
         color=FAINT,
     )
-    figure.tight_layout(rect=(0, 0.02, 1, 0.93))
+    figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - 0.7 / height))
     figure.savefig(path, dpi=140, facecolor="white")
     plt.close(figure)
     print(f"chart: {path}")
@@ -95,9 +96,7 @@ def _panel(axis, rows: list[dict]) -> None:
                 fontsize=7.5,
                 color=INK,
             )
-    axis.set_xticks(
-        range(len(contexts)), [f"{context:,} keys" for context in contexts], color=INK, fontsize=9
-    )
+    axis.set_xticks(range(len(contexts)), [f"{context:,} keys" for context in contexts], color=INK, fontsize=9)
     axis.margins(y=0.12)
     axis.tick_params(length=0, labelcolor=INK, labelsize=9)
     axis.spines[["top", "right", "left"]].set_visible(False)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 GEOMETRIES = {"qwen3-4b": (32, 8, 128), "smollm3-3b": (16, 4, 128)}  # query heads, kv heads, head size
 COLUMNS = {
-    "geometry": 10,
+    "geometry": -10,
     "B": 2,
     "context": 7,
-    "row": 24,
+    "row": -27,
     "µs": 9,
     "tokens/s/layer": 14,
     "GB/s": 6,
@@ -24,9 +24,7 @@ COLUMNS = {
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
     parser.add_argument(
@@ -37,9 +35,7 @@ def arguments():
     )
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024, 8192, 32768], help="keys per row")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4], help="rows")
-    parser.add_argument(
-        "--backends", nargs="+", default=["auto"], help="of auto, reference, cpu, triton, cuda"
-    )
+    parser.add_argument("--backends", nargs="+", default=["auto"], help="of auto, reference, cpu, triton, cuda")
     parser.add_argument("--seconds", type=float, default=0.8, help="measuring time per row of the table")
     parser.add_argument("--quick", action="store_true", help="contexts 1024 and 8192, batch 1, 0.3 s per row")
     parser.add_argument("--output", help="JSON file; a chart is written beside it as .png")

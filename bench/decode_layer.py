@@ -45,16 +45,11 @@ class Copies:
         return self.layers[copy % len(self.layers)]
 
     def bare(self, attention):
-        return [
-            partial(attention, self.layer(i)["q"], self.torch_k[i], self.torch_v[i])
-            for i in range(self.count)
-        ]
+        return [partial(attention, self.layer(i)["q"], self.torch_k[i], self.torch_v[i]) for i in range(self.count)]
 
     def chain(self, attention):
         return [
-            partial(
-                eager.decode_step, self.layer(i), self.torch_k[i], self.torch_v[i], self.pools[i], attention
-            )
+            partial(eager.decode_step, self.layer(i), self.torch_k[i], self.torch_v[i], self.pools[i], attention)
             for i in range(self.count)
         ]
 
@@ -87,9 +82,7 @@ def truth(copies: Copies, memory: bool):
     rows = []
     per_row = ("q", "k", "v", "mem_q", "mem_k", "mem_v", "beta")
     for b in range(copies.shape.batch):
-        layer = eager.in_fp64(
-            {name: x[b : b + 1] if name in per_row else x for name, x in copies.layer(0).items()}
-        )
+        layer = eager.in_fp64({name: x[b : b + 1] if name in per_row else x for name, x in copies.layer(0).items()})
         k, v, pool = (x[0, b : b + 1].double() for x in (copies.torch_k, copies.torch_v, copies.pools))
         if not memory:
             layer["delta_q"].zero_()
@@ -125,9 +118,7 @@ def check_kernels(copies: Copies, backends, dtype) -> None:
         start = copies.pools[0].clone()
         layer = copies.layer(0) if memory else copies.layer(0) | {"delta_q": copies.layer(0)["delta_q"] * 0}
         pool = start.clone()
-        eager_out, _ = eager.decode_step(
-            layer, copies.torch_k[0], copies.torch_v[0], pool, eager.bmm_softmax32_bmm
-        )
+        eager_out, _ = eager.decode_step(layer, copies.torch_k[0], copies.torch_v[0], pool, eager.bmm_softmax32_bmm)
         for backend in backends:
             name = f"{backend} backend, {'with' if memory else 'without'} memory"
             result = copies.kernel(backend, memory)[0]()
@@ -148,11 +139,7 @@ def run_shape(shape: Shape, dtype, device, backends, ceiling, seconds) -> list[d
     copies = Copies(shape, dtype, device)
     failed = check_attention(copies, dtype)
     check_kernels(copies, backends, dtype)
-    contest = {
-        name: copies.bare(attention)
-        for name, attention in eager.DECODE_ATTENTION.items()
-        if name not in failed
-    }
+    contest = {name: copies.bare(attention) for name, attention in eager.DECODE_ATTENTION.items() if name not in failed}
     formulations = timing.measure(contest, device, seconds / 5)
     best = min(formulations, key=lambda name: formulations[name].median)
     cases = {
@@ -160,15 +147,14 @@ def run_shape(shape: Shape, dtype, device, backends, ceiling, seconds) -> list[d
         "torch + eager delta-mem": copies.chain(eager.DECODE_ATTENTION[best]),
     }
     for backend in backends:
-        cases[f"{backend} kernel, no memory"] = copies.kernel(backend, memory=False)
-        cases[f"{backend} kernel, delta-mem"] = copies.kernel(backend, memory=True)
+        name = "kernel" if backend == "auto" else f"{backend} kernel"
+        cases[f"{name}, no memory"] = copies.kernel(backend, memory=False)
+        cases[f"{name}, delta-mem"] = copies.kernel(backend, memory=True)
     times = timing.measure({"ceiling": [ceiling.call], **cases}, device, seconds)
     rows = []
     for name in cases:
         rate = shape.cache_bytes(dtype) / times[name].median
-        without = {"torch + eager delta-mem": "torch attention"}.get(
-            name, name.replace("delta-mem", "no memory")
-        )
+        without = {"torch + eager delta-mem": "torch attention"}.get(name, name.replace("delta-mem", "no memory"))
         rows.append(
             {
                 **asdict(shape),
@@ -182,9 +168,7 @@ def run_shape(shape: Shape, dtype, device, backends, ceiling, seconds) -> list[d
                 "bytes_per_s": rate,
                 "read_bandwidth": ceiling.rate(times["ceiling"]),
                 "share_of_bandwidth": rate / ceiling.rate(times["ceiling"]),
-                "memory_overhead": times[name].median / times[without].median - 1
-                if without != name
-                else None,
+                "memory_overhead": times[name].median / times[without].median - 1 if without != name else None,
                 "speedup_over_torch_attention": times["torch attention"].median / times[name].median,
                 "contest_us": {key: value.median * 1e6 for key, value in formulations.items()},
                 "contest_failed": failed,

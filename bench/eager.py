@@ -27,9 +27,7 @@ def sdpa_group_as_sequence(q, k, v):
 
 def sdpa_group_and_head_as_batch(q, k, v):
     folded = _grouped(q, k).flatten(0, 1)[:, None]  # [B·HKV, 1, G, D]
-    return F.scaled_dot_product_attention(folded, k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None]).reshape(
-        q.shape
-    )
+    return F.scaled_dot_product_attention(folded, k.flatten(0, 1)[:, None], v.flatten(0, 1)[:, None]).reshape(q.shape)
 
 
 def bmm_softmax_bmm(q, k, v):
@@ -186,9 +184,7 @@ def in_fp64(layer):
 # ---------------------------------------------------------------- inputs
 
 
-def random_layer(
-    batch, tokens, heads, kv_heads, dim, positions, dtype, device, rank=8, generator=None
-) -> dict:
+def random_layer(batch, tokens, heads, kv_heads, dim, positions, dtype, device, rank=8, generator=None) -> dict:
     """One layer's raw projections, weights and rotary tables, as a model with one state would give them."""
 
     def normal(*shape, scale=1.0):

@@ -13,7 +13,7 @@ from deltamem_kernels import fused_delta_attention
 
 COLUMNS = {
     "T": 5,
-    "row": 24,
+    "row": -24,
     "ms": 8,
     "tokens/s": 8,
     "GFLOP/s": 8,

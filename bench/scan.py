@@ -12,9 +12,8 @@ import torch
 from deltamem_kernels import delta_scan
 
 SHAPES = [(1, 8192, 1, 8), (1, 8192, 4, 8), (8, 1024, 1, 8), (1, 8192, 1, 16), (1, 8192, 1, 32)]  # B, T, H, R
-MEMORY_TOKENS = 1 << 18  # enough that the history takes 64 MiB, far above what page accounting can blur
 COLUMNS = {
-    "op": 18,
+    "op": -18,
     "B": 2,
     "T": 5,
     "H": 2,
@@ -55,25 +54,23 @@ def check(shape, dtype, device, kernel) -> None:
         timing.gate(f"delta_scan {shape} {name}", got, want, timing.budget(loop, want, got.dtype))
 
 
-def history_ratio(kernel, rank, dtype, device) -> dict | None:
+def history_ratio(kernel, tokens, rank, dtype, device) -> dict | None:
     """Peak memory of forward with backward beyond reads and gradients, against a T·R·R fp32 history."""
-    inputs = random_inputs((1, MEMORY_TOKENS, 1, rank), dtype, device)
+    inputs = random_inputs((1, tokens, 1, rank), dtype, device)
     dreads = torch.randn(inputs[0].shape, device=device)
     gradients(kernel, inputs, dreads)
     peak = timing.peak_memory(partial(gradients, kernel, inputs, dreads), device)
     if peak is None:
         return None
     results = dreads.nbytes + sum(x.nbytes for x in inputs)
-    history = MEMORY_TOKENS * rank * rank * 4
+    history = tokens * rank * rank * 4
     return {"extra_bytes": peak - results, "history_bytes": history, "share": (peak - results) / history}
 
 
 def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
     check(shape, dtype, device, kernel)
     bytes_forward = 5 * torch.Size(shape).numel() * dtype.itemsize
-    inputs = [
-        random_inputs(shape, dtype, device) for _ in range(timing.copies_beyond_cache(bytes_forward, device))
-    ]
+    inputs = [random_inputs(shape, dtype, device) for _ in range(timing.copies_beyond_cache(bytes_forward, device))]
     dreads = torch.randn(shape, device=device)
 
     def both(scan):
@@ -81,9 +78,7 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
 
     # The loops need no rotation, and take turns of their own: one call lasts longer than all others together.
     with torch.no_grad():
-        loop = timing.measure(
-            {"forward": [partial(eager.scan_loop, *inputs[0])]}, device, seconds, graph=False
-        )
+        loop = timing.measure({"forward": [partial(eager.scan_loop, *inputs[0])]}, device, seconds, graph=False)
         forward = timing.measure(
             {"ceiling": [ceiling.call], "forward": [partial(kernel, *x) for x in inputs]}, device, seconds
         )
@@ -125,6 +120,7 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
 def main() -> None:
     options = timing.parser(__doc__, "fp32")
     options.add_argument("--shapes", nargs="+", help="B/T/H/R such as 1/8192/1/8; default: a set of five")
+    options.add_argument("--memory-tokens", type=int, default=1 << 18, help="length of the memory measurement")
     options = options.parse_args()
     shapes = [tuple(map(int, text.split("/"))) for text in options.shapes or []] or SHAPES
     device, dtype = timing.pick_device(options.device), timing.DTYPES[options.dtype]
@@ -155,10 +151,10 @@ def main() -> None:
         f"\ntorch loop: {rows[0]['torch_loop_us_per_token']:.1f} µs a token forward, "
         f"{rows[1]['torch_loop_us_per_token']:.1f} µs with backward, timed over all tokens. {ceiling.name}."
     )
-    memory = history_ratio(kernel, shapes[0][3], dtype, device)
+    memory = history_ratio(kernel, options.memory_tokens, shapes[0][3], dtype, device)
     if memory:
         print(
-            f"memory: forward with backward of {MEMORY_TOKENS} tokens holds "
+            f"memory: forward with backward of {options.memory_tokens} tokens holds "
             f"{memory['extra_bytes'] / 2**20:.1f} MiB beyond "
             f"reads and gradients, {timing.percent(memory['share'])} of the T·R·R history's "
             f"{memory['history_bytes'] / 2**20:.0f} MiB."

@@ -47,6 +47,7 @@ def environment(device: torch.device, dtype: str, method: str = METHOD) -> dict:
         "hardware": _gpu_name() if device.type == "cuda" else _cpu_name(),
         "last_level_cache_bytes": cache_bytes(device),
         "threads": torch.get_num_threads(),
+        "cores_busy_before": _cores_busy(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -61,14 +62,29 @@ def environment(device: torch.device, dtype: str, method: str = METHOD) -> dict:
 
 
 def print_header(title: str, env: dict) -> None:
-    versions = " · ".join(
-        f"{key} {env[key]}" for key in ("deltamem_kernels", "commit", "torch", "triton", "python")
-    )
+    versions = " · ".join(f"{key} {env[key]}" for key in ("deltamem_kernels", "commit", "torch", "triton", "python"))
     print(
         f"{title} · {env['dtype']}\n{env['hardware']} · {env['threads']} threads · last-level cache "
         f"{env['last_level_cache_bytes'] >> 20} MiB\n{versions}\n{env['method']}\n",
         flush=True,
     )
+    if (env["cores_busy_before"] or 0) > 0.25:
+        print(f"Other processes keep {env['cores_busy_before']:.1f} cores busy: trust the ratios only.\n")
+
+
+def _cores_busy(seconds: float = 0.25) -> float | None:
+    """What other processes use of the machine."""
+
+    def ticks():
+        return [int(field) for field in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+
+    try:
+        before = ticks()
+        time.sleep(seconds)
+        spent = [after - start for after, start in zip(ticks(), before, strict=True)]
+    except OSError:
+        return None
+    return os.cpu_count() * (1 - (spent[3] + spent[4]) / max(1, sum(spent)))  # idle and waiting for a disk
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -159,9 +175,7 @@ class Timing:
 Case = Sequence[Callable[[], object]]
 
 
-def measure(
-    cases: dict[str, Case], device: torch.device, seconds: float, graph: bool = True
-) -> dict[str, Timing]:
+def measure(cases: dict[str, Case], device: torch.device, seconds: float, graph: bool = True) -> dict[str, Timing]:
     """Time each case for about `seconds`, in turns. On a GPU by events, from graph replays if `graph`."""
     if device.type != "cuda":
         return _measure_cpu(cases, seconds)
@@ -212,9 +226,7 @@ def _captured(calls: Case) -> Callable[[], object]:
     return captured.replay
 
 
-def _measure_cuda(
-    cases: dict[str, Case], calls_per_sample: dict[str, int], seconds: float
-) -> dict[str, Timing]:
+def _measure_cuda(cases: dict[str, Case], calls_per_sample: dict[str, int], seconds: float) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for calls in cases.values():
         for call in calls:
@@ -329,18 +341,19 @@ def _status_bytes(field: str) -> int:
 
 
 class Table:
-    """Aligned rows, printed as they come, above a running progress bar."""
+    """Aligned rows, printed as they come, above a running progress bar. A negative width aligns to the left."""
 
     def __init__(self, columns: dict[str, int]):
         self.widths = list(columns.values())
         self.row(*columns)
-        tqdm.write("-+-".join("-" * width for width in self.widths))
+        tqdm.write("-+-".join("-" * abs(width) for width in self.widths))
 
     def row(self, *cells: object) -> None:
-        first, *rest = zip((str(cell) for cell in cells), self.widths, strict=True)
-        tqdm.write(
-            " | ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip()
-        )
+        padded = [
+            str(cell).rjust(width) if width > 0 else str(cell).ljust(-width)
+            for cell, width in zip(cells, self.widths, strict=True)
+        ]
+        tqdm.write(" | ".join(padded).rstrip())
 
 
 def progress(items: Iterable, label: str, total: int | None = None) -> tqdm:

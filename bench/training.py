@@ -14,7 +14,7 @@ from deltamem_kernels import fused_delta_attention
 
 COLUMNS = {
     "T": 5,
-    "row": 24,
+    "row": -24,
     "fwd ms": 8,
     "fwd+bwd ms": 10,
     "ratio": 6,
@@ -47,12 +47,8 @@ def check(layer, dout, dreads, dtype, kernel) -> None:
     want = step(chain, eager.in_fp64(layer), dout.double(), dreads.double())
     plain = step(chain, layer, dout, dreads)
     for name, got in step(kernel, layer, dout, dreads).items():
-        unit = (
-            torch.finfo(dtype).eps / 2 * want[name].abs().max()
-        )  # sums of rounded terms: a unit of the largest
-        timing.gate(
-            f"training: {name}", got, want[name], timing.budget(plain[name], want[name], dtype) + unit
-        )
+        unit = torch.finfo(dtype).eps / 2 * want[name].abs().max()  # sums of rounded terms: a unit of the largest
+        timing.gate(f"training: {name}", got, want[name], timing.budget(plain[name], want[name], dtype) + unit)
 
 
 def main() -> None:

@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from deltamem_kernels import autograd, debug, fused, validation
+from deltamem_kernels import autograd, debug, fused, plans, validation
 from deltamem_kernels.backends import choose
 from deltamem_kernels.fused import Corrections, Memory, Rows, Scan, Softmax, memory_4d
-from deltamem_kernels.ops import handle
 
 Tensor = torch.Tensor
 
@@ -93,22 +92,31 @@ def delta_scan(
         NotImplementedError: The named backend does not cover this input.
         RuntimeError: The named backend is not installed; the message says how to get it.
     """
+    tensors = (mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, initial_state, token_mask, cu_seqlens)
+    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
+    key, plan = plans.find("delta_scan", tensors, (*scan, backend))
+    if plan is None:
+        plan = _plan_scan(*tensors, scan, backend)
+        plans.remember(key, plan)
+    if debug.ENABLED and cu_seqlens is not None:
+        debug.cu_seqlens("delta_scan", cu_seqlens, mem_q.shape[1], None)
+    memory = Memory(*memory_4d(mem_q, mem_k, mem_v, beta, lam), beta_bias, lam_bias)
+    if _needs_grad(*memory, initial_state):
+        results = autograd.DeltaScan.apply(plan.backend, scan, token_mask, cu_seqlens, initial_state, *memory)
+    else:
+        kernels = plans.kernels(key, plan.backend)
+        results = fused.scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, False)[:2]
+    return DeltaScanOutput(*results)
+
+
+def _plan_scan(
+    mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, initial_state, token_mask, cu_seqlens, scan, backend
+):
     name = "delta_scan"
-    B, T, H, R = validation.memory(
-        name, mem_q, mem_k, mem_v, beta, lam, update_rule, write, use_gate_in_kernel, beta_bias, lam_bias
-    )
+    B, T, H, R = validation.memory(name, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, scan)
     N = validation.rows(name, B, T, token_mask, cu_seqlens, mem_q)
     validation.initial_state(name, initial_state, N, H, R, mem_q)
-    if debug.ENABLED and cu_seqlens is not None:
-        debug.cu_seqlens(name, cu_seqlens, T, None)
-    backend = choose(name, backend, mem_q, R)
-    memory = Memory(*memory_4d(mem_q, mem_k, mem_v, beta, lam), beta_bias, lam_bias)
-    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
-    if _needs_grad(*memory, initial_state):
-        results = autograd.DeltaScan.apply(backend, scan, token_mask, cu_seqlens, initial_state, *memory)
-    else:
-        results = fused.scan_forward(backend, memory, scan, initial_state, token_mask, cu_seqlens, False)[:2]
-    return DeltaScanOutput(*results)
+    return plans.Plan(choose(name, backend, mem_q, R), ())
 
 
 def fused_delta_attention(
@@ -188,51 +196,61 @@ def fused_delta_attention(
     Raises:
         As ``delta_scan``.
     """
+    memory_inputs = (mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias)
+    weights = (delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight)
+    tables = (rotary_cos, rotary_sin)
+    tensors = (q, k, v, *memory_inputs, initial_state, *weights, *tables, positions, token_mask, cu_seqlens)
+    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
+    softmax = (softmax_scale, causal, tuple(window_size), softcap, max_seqlen)
+    key, plan = plans.find("fused_delta_attention", tensors, (*scan, *softmax, backend))
+    if plan is None:
+        plan = _plan_attention(*tensors, scan, softmax, backend)
+        plans.remember(key, plan)
+    if debug.ENABLED:
+        debug.attention_call("fused_delta_attention", q, cu_seqlens, max_seqlen, positions, rotary_cos)
+    max_seqlen = max_seqlen or 0
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    softmax = Softmax(scale, causal, *window_size, softcap)
+    memory = None if mem_q is None else Memory(*memory_4d(*memory_inputs[:5]), beta_bias, lam_bias)
+    if _needs_grad(q, k, v, *memory_inputs, initial_state, *weights, *tables):
+        return FusedDeltaAttentionOutput(
+            *autograd.FusedDeltaAttention.apply(
+                plan.backend, scan, norm_eps, rotary_interleaved, softmax, max_seqlen, token_mask, cu_seqlens,
+                positions, q, k, v, *weights, *tables, initial_state, *(memory or (None,) * 7),
+            )
+        )  # fmt: skip
+    kernels = plans.kernels(key, plan.backend)
+    reads = final_state = None
+    if memory is not None:
+        reads, final_state, _ = fused.scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, False)
+    fix = Corrections(*weights, norm_eps, *tables, rotary_interleaved, positions)
+    rows = Rows(token_mask, cu_seqlens, max_seqlen)
+    out, lse, _, _ = fused.attention_forward(kernels, q, k, v, reads, fix, rows, softmax)
+    return FusedDeltaAttentionOutput(out, reads, final_state, lse)
+
+
+def _plan_attention(
+    q, k, v, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, initial_state, delta_q, delta_k, delta_v,
+    q_norm_weight, k_norm_weight, rotary_cos, rotary_sin, positions, token_mask, cu_seqlens, scan, softmax, backend,
+):  # fmt: skip
     name = "fused_delta_attention"
-    B, T, HQ, D, floats = validation.queries(name, q)
+    B, T = validation.queries(name, q)
     HKV = validation.keys_values(name, q, ("k", "v"), k, v, (B, T))
     N = validation.rows(name, B, T, token_mask, cu_seqlens, q)
-    memory, R, HR = None, 1, 0
+    H, R = 0, 1
     if mem_q is None:
         validation.no_memory(
             name, mem_k=mem_k, mem_v=mem_v, beta=beta, lam=lam, initial_state=initial_state, delta_q=delta_q,
             delta_k=delta_k, delta_v=delta_v, beta_bias=beta_bias, lam_bias=lam_bias,
         )  # fmt: skip
     else:
-        H, R = validation.memory(
-            name, mem_q, mem_k, mem_v, beta, lam, update_rule, write, use_gate_in_kernel, beta_bias, lam_bias
-        )[2:]
-        HR = H * R
-        validation.same_kind(name, q, mem_q, B, T)
+        H, R = validation.memory(name, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, scan)[2:]
+        validation.same_tokens(name, q, mem_q)
         validation.initial_state(name, initial_state, N, H, R, mem_q)
-        memory = Memory(*memory_4d(mem_q, mem_k, mem_v, beta, lam), beta_bias, lam_bias)
-    validation.corrections(name, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, HQ, HKV, D, HR, floats, q)
-    reach = T if cu_seqlens is None else max_seqlen or 0
-    validation.rotary(name, rotary_cos, rotary_sin, positions, B, T, D, floats, q, reach)
-    validation.softmax(name, softmax_scale, window_size, softcap, max_seqlen)
-    if debug.ENABLED:
-        if cu_seqlens is not None:
-            debug.cu_seqlens(name, cu_seqlens, T, max_seqlen)
-        if positions is not None and rotary_cos is not None and rotary_cos.ndim == 2:
-            debug.positions(name, positions, rotary_cos.shape[0])
-    backend = choose(name, backend, q, R)
-    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
-    softmax = Softmax(scale, causal, window_size[0], window_size[1], softcap)
-    tensors = (delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight)
-    if _needs_grad(q, k, v, *tensors, rotary_cos, rotary_sin, initial_state, *(memory or ())):
-        results = autograd.FusedDeltaAttention.apply(
-            backend, scan, norm_eps, rotary_interleaved, softmax, max_seqlen or 0, token_mask, cu_seqlens, positions,
-            q, k, v, *tensors, rotary_cos, rotary_sin, initial_state, *(memory or (None,) * 7),
-        )  # fmt: skip
-        return FusedDeltaAttentionOutput(*results)
-    reads = final_state = None
-    if memory is not None:
-        reads, final_state, _ = fused.scan_forward(backend, memory, scan, initial_state, token_mask, cu_seqlens, False)
-    fix = Corrections(*tensors, norm_eps, rotary_cos, rotary_sin, rotary_interleaved, positions)
-    rows = Rows(token_mask, cu_seqlens, max_seqlen or 0)
-    out, lse, _, _ = fused.attention_forward(backend, q, k, v, reads, fix, rows, softmax)
-    return FusedDeltaAttentionOutput(out, reads, final_state, lse)
+    validation.corrections(name, q, HKV, H * R, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight)
+    validation.rotary(name, q, rotary_cos, rotary_sin, positions, T if cu_seqlens is None else softmax[-1] or 0)
+    validation.softmax(name, *softmax)
+    return plans.Plan(choose(name, backend, q, R), ())
 
 
 def delta_output(
@@ -269,16 +287,19 @@ def delta_output(
     Raises:
         As ``delta_scan``; and RuntimeError when ``out`` is given and an input requires grad in grad mode.
     """
-    name = "delta_output"
-    validation.output(name, attn_proj, reads, delta_o, rms_weight, residual, out)
-    backend = choose(name, backend, attn_proj, reads.shape[-1])
+    inputs = (attn_proj, reads, delta_o, rms_weight, residual)
+    key, plan = plans.find("delta_output", (*inputs, out), (backend,))
+    if plan is None:
+        validation.output("delta_output", *inputs, out)
+        plan = plans.Plan(choose("delta_output", backend, attn_proj, reads.shape[-1]), ())
+        plans.remember(key, plan)
     (reads,) = memory_4d(reads)
     inputs = (attn_proj, reads, delta_o, rms_weight, residual)
+    kernels = plans.kernels(key, plan.backend)
     if out is not None:
-        if torch.is_grad_enabled():
-            validation.inference_only(name, "delta_output without out", *inputs, out)
-        handle("delta_output_out", backend)(attn_proj, reads, delta_o, rms_weight, rms_eps, residual, out)
+        validation.inference_only("delta_output with out", "delta_output without it", *inputs, out)
+        kernels["delta_output_out"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual, out)
         return out
     if _needs_grad(*inputs):
-        return autograd.DeltaOutput.apply(backend, rms_eps, *inputs)
-    return handle("delta_output_fwd", backend)(attn_proj, reads, delta_o, rms_weight, rms_eps, residual)
+        return autograd.DeltaOutput.apply(plan.backend, rms_eps, *inputs)
+    return kernels["delta_output_fwd"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual)

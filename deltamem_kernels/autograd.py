@@ -4,7 +4,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from deltamem_kernels import fused
-from deltamem_kernels.ops import handle
+from deltamem_kernels.ops import OVERLOADS
 
 
 def _given(grads, inputs):
@@ -18,7 +18,7 @@ class DeltaScan(torch.autograd.Function):
         memory = fused.Memory(*memory)
         ctx.set_materialize_grads(False)
         reads, final_state, tape = fused.scan_forward(
-            backend, memory, scan, initial_state, token_mask, cu_seqlens, True
+            OVERLOADS[backend], memory, scan, initial_state, token_mask, cu_seqlens, True
         )
         ctx.backend, ctx.scan = backend, scan
         ctx.save_for_backward(token_mask, cu_seqlens, initial_state, tape, *memory)
@@ -38,7 +38,7 @@ def _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, dreads
     """-> gradients of (initial_state, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias)"""
     mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias = memory
     grads = fused.scan_backward(
-        ctx.backend, memory, ctx.scan, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state
+        OVERLOADS[ctx.backend], memory, ctx.scan, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state
     )
     inputs = (mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias)
     dq, dk, dv, dbeta, dlam, dstate, dbeta_bias, dlam_bias = _given(grads, inputs)
@@ -62,10 +62,10 @@ class FusedDeltaAttention(torch.autograd.Function):
         reads = final_state = tape = None
         if memory[0] is not None:
             reads, final_state, tape = fused.scan_forward(
-                backend, fused.Memory(*memory), scan, initial_state, token_mask, cu_seqlens, True
+                OVERLOADS[backend], fused.Memory(*memory), scan, initial_state, token_mask, cu_seqlens, True
             )
         rows = fused.Rows(token_mask, cu_seqlens, max_seqlen)
-        out, lse, k_prep, v_prep = fused.attention_forward(backend, q, k, v, reads, fix, rows, softmax)
+        out, lse, k_prep, v_prep = fused.attention_forward(OVERLOADS[backend], q, k, v, reads, fix, rows, softmax)
         ctx.backend, ctx.scan, ctx.softmax, ctx.max_seqlen = backend, scan, softmax, max_seqlen
         ctx.norm_eps, ctx.rotary_interleaved = norm_eps, rotary_interleaved
         ctx.mark_non_differentiable(lse)
@@ -90,7 +90,7 @@ class FusedDeltaAttention(torch.autograd.Function):
             )  # fmt: skip
             rows = fused.Rows(token_mask, cu_seqlens, ctx.max_seqlen)
             attention_grads = fused.attention_backward(
-                ctx.backend, dout, q, k, v, k_prep, v_prep, reads, fix, rows, ctx.softmax, out, lse
+                OVERLOADS[ctx.backend], dout, q, k, v, k_prep, v_prep, reads, fix, rows, ctx.softmax, out, lse
             )
         dq, dk, dv, dreads_prep, *dfix = attention_grads
         if dreads_prep is not None:
@@ -106,13 +106,13 @@ class DeltaOutput(torch.autograd.Function):
     def forward(ctx, backend, rms_eps, attn_proj, reads, delta_o, rms_weight, residual):
         ctx.backend, ctx.rms_eps = backend, rms_eps
         ctx.save_for_backward(reads, delta_o, rms_weight)
-        return handle("delta_output_fwd", backend)(attn_proj, reads, delta_o, rms_weight, rms_eps, residual)
+        return OVERLOADS[backend]["delta_output_fwd"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         reads, delta_o, rms_weight = ctx.saved_tensors
-        grads = handle("delta_output_bwd", ctx.backend)(dy, reads, delta_o, rms_weight, ctx.rms_eps)
+        grads = OVERLOADS[ctx.backend]["delta_output_bwd"](dy, reads, delta_o, rms_weight, ctx.rms_eps)
         dreads, ddelta_o, drms_weight = _given(grads, (reads, delta_o, rms_weight))
         dresidual = dy if ctx.needs_input_grad[6] else None
         return None, None, dy, dreads, ddelta_o, drms_weight, dresidual

@@ -1,6 +1,5 @@
 """Which backends are installed, what each covers, the ``auto`` table, and ``explain``."""
 
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -34,12 +33,20 @@ CHAINS = {
     "delta_output": (("delta_output_fwd", "delta_output_out"), ("delta_output_bwd",)),
 }
 
+# What `auto` means on this process; anything else than "auto" overrides the table. Read at import.
+DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
+
 MAX_RANK = 64  # of every backend but the reference
 
 
-@functools.cache
-def missing(backend: str) -> str | None:
-    """Why ``backend`` cannot run on this installation, and how to get it; None when it can."""
+def _has_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # its package is absent
+        return False
+
+
+def _missing(backend: str) -> str | None:
     if backend == "triton" and not _has_module("triton"):
         return "Triton is not installed (pip install 'triton>=3.6')"
     if backend == "cpu":
@@ -50,31 +57,27 @@ def missing(backend: str) -> str | None:
     return None
 
 
-def _has_module(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its package is absent
-        return False
+# backend -> why it cannot run on this installation and how to get it, or None
+MISSING = {backend: _missing(backend) for backend in ROOMS}
+
+# backend -> the ops that it has kernels for
+COVERED = {
+    backend: {op for op in SCHEMAS if backend != "cuda" and _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")}
+    for backend in ROOMS
+}
 
 
-@functools.cache
-def _lacks(function: str, backend: str) -> str | None:
-    """The first op of ``function``'s chain, forward and backward, for which ``backend`` has no kernel."""
-    for op in (*CHAINS[function][0], *CHAINS[function][1]):
-        if backend == "cuda" or not _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}"):
-            return f"the {backend} backend has no kernel for {op}"
-    return None
-
-
-@functools.cache
 def refusal(function: str, backend: str, device: str, dtype: torch.dtype, R: int) -> Exception | None:
     """The error that choosing ``backend`` for this input deserves; None when it runs it."""
     if backend == "reference":
         return None
-    if reason := missing(backend):
-        return RuntimeError(f"{function}: backend '{backend}' must be installed, got {reason}")
-    if lacks := _lacks(function, backend):
-        return NotImplementedError(f"{function}: {lacks}; backend='reference' does it")
+    if MISSING[backend]:
+        return RuntimeError(f"{function}: backend '{backend}' must be installed, got {MISSING[backend]}")
+    for op in (*CHAINS[function][0], *CHAINS[function][1]):
+        if op not in COVERED[backend]:
+            return NotImplementedError(
+                f"{function}: the {backend} backend has no kernel for {op}; backend='reference' does it"
+            )
     wanted = "cpu" if backend == "cpu" else "cuda"
     if device != wanted:
         return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {device}")
@@ -87,23 +90,21 @@ def refusal(function: str, backend: str, device: str, dtype: torch.dtype, R: int
     return None
 
 
-@functools.cache
-def _choose(function: str, backend: str, device: str, dtype: torch.dtype, R: int) -> str:
-    if backend == "auto":
-        candidates = AUTO.get(device, ("reference",))
-        return next(name for name in candidates if refusal(function, name, device, dtype, R) is None)
-    if backend not in ROOMS:
-        raise ValueError(f"{function}: backend must be one of auto, {', '.join(ROOMS)}, got {backend!r}")
-    if error := refusal(function, backend, device, dtype, R):
-        raise type(error)(str(error))
-    return backend
-
-
 def choose(function: str, backend: str, x: torch.Tensor, R: int) -> str:
     """The backend that runs ``function`` on inputs like ``x``, or the reason why the named one does not."""
     if backend == "auto":
-        backend = os.environ.get("DELTAMEM_BACKEND", "auto")
-    return _choose(function, backend, x.device.type, x.dtype, R)
+        backend = DEFAULT
+    device = x.device.type
+    if backend == "auto":
+        for candidate in AUTO.get(device, ("reference",)):
+            if refusal(function, candidate, device, x.dtype, R) is None:
+                return candidate
+    if backend not in ROOMS:
+        raise ValueError(f"{function}: backend must be one of auto, {', '.join(ROOMS)}, got {backend!r}")
+    error = refusal(function, backend, device, x.dtype, R)
+    if error is not None:
+        raise error
+    return backend
 
 
 def explain(function, *args, **kwargs) -> None:
@@ -136,6 +137,6 @@ def explain(function, *args, **kwargs) -> None:
 def _why(given: dict, chosen: str) -> str:
     if given["backend"] != "auto":
         return f"backend={chosen!r} was asked for"
-    if "DELTAMEM_BACKEND" in os.environ:
+    if DEFAULT != "auto":
         return f"DELTAMEM_BACKEND={chosen} was asked for"
     return f"the auto table prefers {chosen}"

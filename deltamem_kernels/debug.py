@@ -49,7 +49,9 @@ def _tail_lengths(function, token_mask):
     return lengths
 
 
-def cache(function, q, k, k_cache, cache_seqlens, cache_leftpad, block_table, token_mask, cu_seqlens, state_indices):
+def cache(function, q, k, k_cache, cache, rows, state_indices):
+    cache_seqlens, cache_leftpad, block_table = cache
+    token_mask, cu_seqlens, _ = rows
     N = cache_seqlens.shape[0]
     if cu_seqlens is not None:
         lengths = cu_seqlens.diff()
@@ -88,20 +90,26 @@ def positions(function, x, rows):
         _fail(function, "positions", f"be within the rotary table's {rows} rows", bad)
 
 
-def kvcache_call(
-    function, q, k, k_cache, cache_seqlens, cache_leftpad, block_table, token_mask, cu, max_seqlen,
-    pool, state_indices, output_state_indices, position_ids, rotary_cos,
-):  # fmt: skip
+def attention_call(function, q, cu, max_seqlen, position_ids, rotary_cos):
     if cu is not None:
         cu_seqlens(function, cu, q.shape[1], max_seqlen)
-    if pool is not None:
-        state_slots(function, pool, state_indices, output_state_indices)
-    cache(function, q, k, k_cache, cache_seqlens, cache_leftpad, block_table, token_mask, cu, state_indices)
-    if rotary_cos is not None and rotary_cos.ndim == 2:
-        if position_ids is not None:
-            positions(function, position_ids, rotary_cos.shape[0])
-        else:
-            tokens = 0 if k is None else (q.shape[1] if cu is None else int(cu.diff().max()))
-            last = cache_seqlens if state_indices is None else cache_seqlens[state_indices >= 0]
-            if last.numel() and int(last.max()) + tokens > rotary_cos.shape[0]:
-                _fail(function, "rotary_cos", f"hold {int(last.max()) + tokens} positions", rotary_cos.shape[0])
+    if position_ids is not None and rotary_cos is not None and rotary_cos.ndim == 2:
+        positions(function, position_ids, rotary_cos.shape[0])
+
+
+def pool_call(function, mem_q, cu, pool):
+    if cu is not None:
+        cu_seqlens(function, cu, mem_q.shape[1], None)
+    state_slots(function, *pool[:3])
+
+
+def kvcache_call(function, q, k, k_cache, kv, rows, pool, position_ids, rotary_cos):
+    attention_call(function, q, rows.cu_seqlens, rows.max_seqlen or None, position_ids, rotary_cos)
+    if pool.state_pool is not None:
+        state_slots(function, *pool[:3])
+    cache(function, q, k, k_cache, kv, rows, pool.state_indices)
+    if rotary_cos is not None and rotary_cos.ndim == 2 and position_ids is None:
+        tokens = 0 if k is None else (q.shape[1] if rows.cu_seqlens is None else int(rows.cu_seqlens.diff().max()))
+        filled = kv.cache_seqlens if pool.state_indices is None else kv.cache_seqlens[pool.state_indices >= 0]
+        if filled.numel() and int(filled.max()) + tokens > rotary_cos.shape[0]:
+            _fail(function, "rotary_cos", f"hold {int(filled.max()) + tokens} positions", rotary_cos.shape[0])

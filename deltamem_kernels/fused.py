@@ -9,8 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from deltamem_kernels.ops import handle
-
 MAX_DECODE_TOKENS = 16  # new tokens per row that one delta_decode call takes
 
 
@@ -82,10 +80,10 @@ def memory_4d(*tensors):
     return [x.unsqueeze(2) if x is not None and x.ndim == 3 else x for x in tensors]
 
 
-def scan_forward(backend, memory, scan, initial_state, token_mask, cu_seqlens, save_tape):
+def scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, save_tape):
     """-> reads, final_state, tape"""
     mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias = memory
-    return handle("delta_scan_fwd", backend)(
+    return kernels["delta_scan_fwd"](
         mem_q,
         mem_k,
         mem_v,
@@ -102,10 +100,10 @@ def scan_forward(backend, memory, scan, initial_state, token_mask, cu_seqlens, s
     )
 
 
-def scan_backward(backend, memory, scan, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state):
+def scan_backward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state):
     """-> gradients of (mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias)"""
     mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias = memory
-    return handle("delta_scan_bwd", backend)(
+    return kernels["delta_scan_bwd"](
         dreads,
         dfinal_state,
         mem_q,
@@ -134,20 +132,20 @@ def _prepared(fix: Corrections) -> tuple[bool, bool, bool]:
     )
 
 
-def prepare(backend, q, k, v, reads, fix: Corrections, cu_seqlens):
+def prepare(kernels, q, k, v, reads, fix: Corrections, cu_seqlens):
     """Prepared q, k, v; an argument that is None, or that nothing changes, comes back as it is."""
     changes = _prepared(fix)
     todo = [x if x is not None and changed else None for x, changed in zip((q, k, v), changes, strict=True)]
     if all(x is None for x in todo):
         return q, k, v
-    done = handle("delta_prep_fwd", backend)(*todo, reads, *fix, cu_seqlens)
+    done = kernels["delta_prep_fwd"](*todo, reads, *fix, cu_seqlens)
     return tuple(x if raw is None else prepared for x, raw, prepared in zip((q, k, v), todo, done, strict=True))
 
 
-def attention_forward(backend, q, k, v, reads, fix: Corrections, rows: Rows, softmax: Softmax):
+def attention_forward(kernels, q, k, v, reads, fix: Corrections, rows: Rows, softmax: Softmax):
     """-> out, lse, k', v'"""
-    _, k, v = prepare(backend, None, k, v, reads, fix, rows.cu_seqlens)
-    out, lse = handle("delta_attention_fwd", backend)(q, k, v, *_query_prologue(reads, fix), *rows, *softmax)
+    _, k, v = prepare(kernels, None, k, v, reads, fix, rows.cu_seqlens)
+    out, lse = kernels["delta_attention_fwd"](q, k, v, *_query_prologue(reads, fix), *rows, *softmax)
     return out, lse, k, v
 
 
@@ -164,22 +162,20 @@ def _query_prologue(reads, fix: Corrections):
     )
 
 
-def attention_backward(backend, dout, q, k, v, k_prep, v_prep, reads, fix, rows, softmax, out, lse):
+def attention_backward(kernels, dout, q, k, v, k_prep, v_prep, reads, fix, rows, softmax, out, lse):
     """-> gradients of (q, k, v, reads, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, rotary_cos, rotary_sin)
 
     Absent ones are None; the rotary gradients are those of the tables as given.
     """
-    q_prep, _, _ = prepare(backend, q, None, None, reads, fix, rows.cu_seqlens)
-    grads = handle("delta_attention_bwd", backend)(dout, q_prep, k_prep, v_prep, out, lse, *rows, *softmax)
+    q_prep, _, _ = prepare(kernels, q, None, None, reads, fix, rows.cu_seqlens)
+    grads = kernels["delta_attention_bwd"](dout, q_prep, k_prep, v_prep, out, lse, *rows, *softmax)
     changes = _prepared(fix)
     if not any(changes):
         return (*grads, *[None] * 8)
     rotary_grad = fix.rotary_cos is not None and (fix.rotary_cos.requires_grad or fix.rotary_sin.requires_grad)
     cotangents = [g if changed else None for g, changed in zip(grads, changes, strict=True)]
     raw = [x if changed else None for x, changed in zip((q, k, v), changes, strict=True)]
-    dq, dk, dv, *others = handle("delta_prep_bwd", backend)(
-        *cotangents, *raw, reads, *fix, rows.cu_seqlens, rotary_grad
-    )
+    dq, dk, dv, *others = kernels["delta_prep_bwd"](*cotangents, *raw, reads, *fix, rows.cu_seqlens, rotary_grad)
     projected = [prep if c else g for g, prep, c in zip(grads, (dq, dk, dv), changes, strict=True)]
     given = (reads, fix.delta_q, fix.delta_k, fix.delta_v, fix.q_norm_weight, fix.k_norm_weight)
     weights = [g if x is not None else None for g, x in zip(others[:6], given, strict=True)]
@@ -204,9 +200,9 @@ def _table_grad(per_token, table, positions, cu_seqlens):
     return total.to(table.dtype)
 
 
-def scan_with_state_pool(backend, memory, scan, pool: Pool, token_mask, cu_seqlens, reads):
+def scan_with_state_pool(kernels, memory, scan, pool: Pool, token_mask, cu_seqlens, reads):
     mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias = memory
-    handle("delta_scan_with_state_pool", backend)(
+    kernels["delta_scan_with_state_pool"](
         mem_q, mem_k, mem_v, beta, lam, *pool, token_mask, cu_seqlens, beta_bias, lam_bias, *scan, reads
     )
 
@@ -218,7 +214,7 @@ def decodes(q, rows: Rows) -> bool:
 
 
 def attention_with_kvcache(
-    backend,
+    kernels,
     q,
     k_cache,
     v_cache,
@@ -240,15 +236,15 @@ def attention_with_kvcache(
     token_mask, cu_seqlens, _ = rows
     if decodes(q, rows):
         tensors, biases = (memory[:5], memory[5:]) if memory is not None else ((None,) * 5, (None,) * 2)
-        handle("delta_decode", backend)(
+        kernels["delta_decode"](
             q, k_cache, v_cache, k, v, *tensors, *pool, *biases, *scan, *fix, *rows, *cache, *softmax, num_splits,
             out, reads, lse
         )  # fmt: skip
         return
     if memory is not None:
-        scan_with_state_pool(backend, memory, scan, pool, token_mask, cu_seqlens, reads)
+        scan_with_state_pool(kernels, memory, scan, pool, token_mask, cu_seqlens, reads)
     if k is not None:
-        handle("delta_prep_with_kvcache", backend)(
+        kernels["delta_prep_with_kvcache"](
             k,
             v,
             k_cache,
@@ -265,7 +261,7 @@ def attention_with_kvcache(
             cache.block_table,
             pool.state_indices,
         )
-    handle("delta_attention_with_kvcache", backend)(
+    kernels["delta_attention_with_kvcache"](
         q, k_cache, v_cache, *_query_prologue(reads, fix), *rows, *cache, pool.state_indices, k is not None, *softmax,
         num_splits, out, lse
     )  # fmt: skip

@@ -225,22 +225,21 @@ def _lazy(op: str, backend: str) -> Callable:
     return run
 
 
-def _register() -> tuple[torch.library.Library, dict[tuple[str, str], Callable]]:
-    library = torch.library.Library("deltamem", "DEF")
-    handles = {}
-    for op, (_, arguments, results) in SCHEMAS.items():
-        for backend in ROOMS:
-            overload = f"{op}.{backend}"
-            library.define(f"{overload}({arguments}) -> {results}", tags=torch.Tag.pt2_compliant_tag)
-            library.impl(overload, _lazy(op, backend), "CompositeExplicitAutograd")
-            torch.library.register_fake(f"deltamem::{overload}", _FAKES.get(op, _fake_in_place), lib=library)
-            handles[op, backend] = getattr(getattr(torch.ops.deltamem, op), backend)
-    return library, handles
+_LIBRARY = torch.library.Library("deltamem", "DEF")
 
+# backend -> op -> the launcher, and the op overload ``deltamem::<op>.<backend>`` that dispatches to it
+LAUNCHERS = {backend: {op: _lazy(op, backend) for op in SCHEMAS} for backend in ROOMS}
+OVERLOADS: dict[str, dict[str, Callable]] = {backend: {} for backend in ROOMS}
 
-_LIBRARY, _HANDLES = _register()
+for _op, (_, _arguments, _results) in SCHEMAS.items():
+    for _backend in ROOMS:
+        _name = f"{_op}.{_backend}"
+        _LIBRARY.define(f"{_name}({_arguments}) -> {_results}", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(_name, LAUNCHERS[_backend][_op], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"deltamem::{_name}", _FAKES.get(_op, _fake_in_place), lib=_LIBRARY)
+        OVERLOADS[_backend][_op] = getattr(getattr(torch.ops.deltamem, _op), _backend)
 
 
 def handle(op: str, backend: str) -> Callable:
     """The op overload ``deltamem::<op>.<backend>``."""
-    return _HANDLES[op, backend]
+    return OVERLOADS[backend][op]

@@ -5,7 +5,7 @@ They allocate results only, wait for no device, and decide nothing on the host f
 
 import torch
 
-from deltamem_kernels import debug, fused, validation
+from deltamem_kernels import debug, fused, plans, validation
 from deltamem_kernels.api import FusedDeltaAttentionOutput
 from deltamem_kernels.backends import choose
 from deltamem_kernels.fused import Cache, Corrections, Memory, Pool, Rows, Scan, Softmax, memory_4d
@@ -56,27 +56,30 @@ def delta_scan_with_state_pool(
         As ``delta_scan``; and RuntimeError when an input requires grad in grad mode.
     """
     name = "delta_scan_with_state_pool"
-    B, T, H, R = validation.memory(
-        name, mem_q, mem_k, mem_v, beta, lam, update_rule, write, use_gate_in_kernel, beta_bias, lam_bias
-    )
-    N = validation.rows(name, B, T, token_mask, cu_seqlens, mem_q)
-    validation.state_pool(
-        name, state_pool, state_indices, output_state_indices, has_initial_state, B, T, N, H, R, mem_q
-    )
-    validation.result(name, "reads_out", reads_out, (B, T, H, R), state_dtype(mem_q), mem_q)
-    memory = Memory(*memory_4d(mem_q, mem_k, mem_v, beta, lam), beta_bias, lam_bias)
-    if torch.is_grad_enabled():
-        validation.inference_only(name, "delta_scan", *memory, state_pool, reads_out)
-    if debug.ENABLED:
-        if cu_seqlens is not None:
-            debug.cu_seqlens(name, cu_seqlens, T, None)
-        debug.state_slots(name, state_pool, state_indices, output_state_indices)
-    backend = choose(name, backend, mem_q, R)
-    reads = mem_q.new_empty((B, T, H, R), dtype=state_dtype(mem_q)) if reads_out is None else reads_out
-    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
+    memory = (mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias)
     pool = Pool(state_pool, state_indices, output_state_indices, has_initial_state)
-    fused.scan_with_state_pool(backend, memory, scan, pool, token_mask, cu_seqlens, reads)
+    tensors = (*memory, *pool, token_mask, cu_seqlens, reads_out)
+    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
+    key, plan = plans.find(name, tensors, (*scan, backend))
+    if plan is None:
+        plan = _plan_scan(name, memory, pool, token_mask, cu_seqlens, reads_out, scan, backend)
+        plans.remember(key, plan)
+    validation.inference_only(name, "delta_scan", *memory, state_pool, reads_out)
+    if debug.ENABLED:
+        debug.pool_call(name, mem_q, cu_seqlens, pool)
+    reads = mem_q.new_empty(plan.sizes, dtype=state_dtype(mem_q)) if reads_out is None else reads_out
+    memory = Memory(*memory_4d(*memory[:5]), beta_bias, lam_bias)
+    fused.scan_with_state_pool(plans.kernels(key, plan.backend), memory, scan, pool, token_mask, cu_seqlens, reads)
     return reads
+
+
+def _plan_scan(name, memory, pool, token_mask, cu_seqlens, reads_out, scan, backend):
+    mem_q = memory[0]
+    B, T, H, R = validation.memory(name, *memory, scan)
+    N = validation.rows(name, B, T, token_mask, cu_seqlens, mem_q)
+    validation.state_pool(name, *pool, B, T, N, H, R, mem_q)
+    validation.result(name, "reads_out", reads_out, (B, T, H, R), state_dtype(mem_q), mem_q)
+    return plans.Plan(choose(name, backend, mem_q, R), (B, T, H, R))
 
 
 def fused_delta_attention_with_kvcache(
@@ -170,13 +173,62 @@ def fused_delta_attention_with_kvcache(
     """
     name = "fused_delta_attention_with_kvcache"
     if k_descale is not None or v_descale is not None:
-        raise NotImplementedError(f"{name}: k_descale and v_descale must be None, got a tensor: no backend covers fp8")
+        raise NotImplementedError(f"{name}: k_descale and v_descale must be None (no backend covers fp8), got a tensor")
+    memory = (mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias)
+    pool = Pool(state_pool, state_indices, output_state_indices, has_initial_state)
+    fix = Corrections(
+        delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, norm_eps, rotary_cos, rotary_sin,
+        rotary_interleaved, positions,
+    )  # fmt: skip
+    cache = Cache(cache_seqlens, cache_leftpad, block_table)
+    tensors = (
+        q, k_cache, v_cache, k, v, *memory, initial_state, *pool, delta_q, delta_k, delta_v, q_norm_weight,
+        k_norm_weight, rotary_cos, rotary_sin, positions, token_mask, cu_seqlens, *cache, out, reads_out,
+    )  # fmt: skip
+    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
+    softmax = (softmax_scale, causal, tuple(window_size), softcap, max_seqlen)
+    key, plan = plans.find(name, tensors, (*scan, *softmax, num_splits, backend))
+    if plan is None:
+        plan = _plan_attention(*tensors, scan, softmax, num_splits, backend)
+        plans.remember(key, plan)
+    validation.inference_only(name, "fused_delta_attention", *tensors)
+    rows = Rows(token_mask, cu_seqlens, max_seqlen or 0)
+    if cache_seqlens is None:
+        filled = torch.full((q.shape[0],), k_cache.shape[1], dtype=torch.int32, device=q.device)
+        cache = cache._replace(cache_seqlens=filled)
+    if debug.ENABLED:
+        debug.kvcache_call(name, q, k, k_cache, cache, rows, pool, positions, rotary_cos)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    softmax = Softmax(scale, causal, *window_size, softcap)
+    dtype = state_dtype(q)
+    out = q.new_empty(q.shape) if out is None else out
+    lse = q.new_empty(plan.sizes[0], dtype=dtype)
+    reads = reads_out
+    if mem_q is None:
+        memory = None
+    else:
+        memory = Memory(*memory_4d(*memory[:5]), beta_bias, lam_bias)
+        reads = q.new_empty(plan.sizes[1], dtype=dtype) if reads is None else reads
+    fused.attention_with_kvcache(
+        plans.kernels(key, plan.backend), q, k_cache, v_cache, k, v, memory, scan, pool, fix, rows, cache, softmax,
+        num_splits, out, reads, lse,
+    )  # fmt: skip
+    return FusedDeltaAttentionOutput(out, reads, None, lse)
+
+
+def _plan_attention(
+    q, k_cache, v_cache, k, v, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, initial_state, state_pool,
+    state_indices, output_state_indices, has_initial_state, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight,
+    rotary_cos, rotary_sin, positions, token_mask, cu_seqlens, cache_seqlens, cache_leftpad, block_table, out,
+    reads_out, scan, softmax, num_splits, backend,
+):  # fmt: skip
+    name = "fused_delta_attention_with_kvcache"
     if initial_state is not None:
-        raise ValueError(f"{name}: initial_state must be None with a cache (the state is in state_pool), got a tensor")
-    B, T, HQ, D, floats = validation.queries(name, q)
+        raise ValueError(f"{name}: initial_state must be None with a cache (state_pool holds the state), got a tensor")
+    B, T = validation.queries(name, q)
     N = validation.rows(name, B, T, token_mask, cu_seqlens, q)
-    HKV = validation.cache(name, q, k_cache, v_cache, k, v, cache_seqlens, cache_leftpad, block_table, N, state_indices)
-    memory, R, HR = None, 1, 0
+    HKV = validation.cache(name, q, k_cache, v_cache, k, v, cache_seqlens, cache_leftpad, block_table, state_indices, N)
+    H, R = 0, 1
     if mem_q is None:
         validation.no_memory(
             name, mem_k=mem_k, mem_v=mem_v, beta=beta, lam=lam, delta_q=delta_q, delta_k=delta_k, delta_v=delta_v,
@@ -184,52 +236,15 @@ def fused_delta_attention_with_kvcache(
             output_state_indices=output_state_indices, has_initial_state=has_initial_state,
         )  # fmt: skip
     else:
-        H, R = validation.memory(
-            name, mem_q, mem_k, mem_v, beta, lam, update_rule, write, use_gate_in_kernel, beta_bias, lam_bias
-        )[2:]
-        HR = H * R
-        validation.same_kind(name, q, mem_q, B, T)
+        H, R = validation.memory(name, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, scan)[2:]
+        validation.same_tokens(name, q, mem_q)
         validation.state_pool(
             name, state_pool, state_indices, output_state_indices, has_initial_state, B, T, N, H, R, q
         )
         validation.result(name, "reads_out", reads_out, (B, T, H, R), state_dtype(q), q)
-        memory = Memory(*memory_4d(mem_q, mem_k, mem_v, beta, lam), beta_bias, lam_bias)
-    validation.corrections(name, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, HQ, HKV, D, HR, floats, q)
-    validation.rotary(name, rotary_cos, rotary_sin, positions, B, T, D, floats, q, 0)
-    validation.softmax(name, softmax_scale, window_size, softcap, max_seqlen)
-    if not isinstance(num_splits, int) or num_splits < 0:
-        raise ValueError(f"{name}: num_splits must be an integer >= 0, got {num_splits!r}")
+    validation.corrections(name, q, HKV, H * R, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight)
+    validation.rotary(name, q, rotary_cos, rotary_sin, positions, 0)
+    validation.softmax(name, *softmax)
+    validation.num_splits(name, num_splits)
     validation.result(name, "out", out, q.shape, q.dtype, q)
-    if torch.is_grad_enabled():
-        validation.inference_only(
-            name, "fused_delta_attention", q, k_cache, v_cache, k, v, delta_q, delta_k, delta_v, q_norm_weight,
-            k_norm_weight, rotary_cos, rotary_sin, state_pool, out, reads_out, *(memory or ()),
-        )  # fmt: skip
-    if cache_seqlens is None:
-        cache_seqlens = torch.full((N,), k_cache.shape[1], dtype=torch.int32, device=q.device)
-    if debug.ENABLED:
-        debug.kvcache_call(
-            name, q, k, k_cache, cache_seqlens, cache_leftpad, block_table, token_mask, cu_seqlens, max_seqlen,
-            state_pool, state_indices, output_state_indices, positions, rotary_cos,
-        )  # fmt: skip
-    backend = choose(name, backend, q, R)
-    dtype = state_dtype(q)
-    reads = reads_out
-    if memory is not None and reads is None:
-        reads = q.new_empty((B, T, H, R), dtype=dtype)
-    out = q.new_empty(q.shape) if out is None else out
-    lse = q.new_empty((B, HQ, T), dtype=dtype)
-    scan = Scan(update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
-    pool = Pool(state_pool, state_indices, output_state_indices, has_initial_state)
-    fix = Corrections(
-        delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, norm_eps, rotary_cos, rotary_sin,
-        rotary_interleaved, positions,
-    )  # fmt: skip
-    rows = Rows(token_mask, cu_seqlens, max_seqlen or 0)
-    cache = Cache(cache_seqlens, cache_leftpad, block_table)
-    scale = D**-0.5 if softmax_scale is None else softmax_scale
-    softmax = Softmax(scale, causal, window_size[0], window_size[1], softcap)
-    fused.attention_with_kvcache(
-        backend, q, k_cache, v_cache, k, v, memory, scan, pool, fix, rows, cache, softmax, num_splits, out, reads, lse
-    )
-    return FusedDeltaAttentionOutput(out, reads, None, lse)
+    return plans.Plan(choose(name, backend, q, R), ((B, q.shape[2], T), (B, T, H, R)))

@@ -1,8 +1,8 @@
 """The input contract, once, for every backend: shapes, dtypes, devices, layouts, options.
 
 Nothing here reads a tensor's values, so nothing waits for a device; ``debug.py`` does, under DELTAMEM_DEBUG=1.
-A message reads ``<function>: <argument> must <rule>, got <value>``. Kept flat and direct: a decode step of a
-model calls it once per layer, and its cost is part of the step.
+A message reads ``<function>: <argument> must <rule>, got <value>``. What is checked is a call's signature
+(``plans.py``): metadata of tensors and options, so calls of one signature are checked once.
 """
 
 import torch
@@ -26,13 +26,13 @@ def _names(dtypes):
 
 def _tensor(function, name, x, shape, dtypes, device):
     """``x`` must be a tensor of this shape, one of these dtypes, on this device, contiguous in its last dimension."""
-    if type(x) is not torch.Tensor and not isinstance(x, torch.Tensor):
+    if not isinstance(x, torch.Tensor):
         raise TypeError(f"{function}: {name} must be a tensor, got {type(x).__name__}")
     if x.shape != shape:
         _fail(function, name, f"have shape {tuple(shape)}", tuple(x.shape))
     if x.dtype not in dtypes:
         raise TypeError(f"{function}: {name} must be {_names(dtypes)}, got {_names((x.dtype,))}")
-    if x.get_device() != device.get_device():
+    if x.device != device.device:
         _fail(function, name, f"be on {device.device}", x.device)
     if not x.is_contiguous() and x.stride(-1) != 1 and x.shape[-1] > 1:
         _fail(function, name, "be contiguous in its last dimension", f"strides {x.stride()}")
@@ -66,8 +66,9 @@ def rows(function, B, T, token_mask, cu_seqlens, device):
     return cu_seqlens.shape[0] - 1
 
 
-def memory(function, mem_q, mem_k, mem_v, beta, lam, update_rule, write, use_gate_in_kernel, beta_bias, lam_bias):
+def memory(function, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, scan):
     """The memory arguments; returns (B, T, H, R)."""
+    update_rule, write, _, use_gate_in_kernel = scan
     _is_tensor(function, "mem_q", mem_q, (3, 4), "have shape (B, T, H, R) or (B, T, R)")
     if update_rule not in UPDATE_RULES:
         _fail(function, "update_rule", f"be one of {', '.join(UPDATE_RULES)}", repr(update_rule))
@@ -76,7 +77,7 @@ def memory(function, mem_q, mem_k, mem_v, beta, lam, update_rule, write, use_gat
     H = shape[2] if len(shape) == 4 else 1
     if R < 1 or H < 1:
         _fail(function, "mem_q", "have at least one state head and rank 1", f"shape {tuple(shape)}")
-    floats = _DOUBLE if mem_q.dtype == torch.float64 else _FLOATS
+    floats = _floats(mem_q)
     _tensor(function, "mem_q", mem_q, shape, floats, mem_q)
     if lam is not None and update_rule == "no_lambda":
         _fail(function, "lam", "be None with update_rule 'no_lambda'", "a tensor")
@@ -96,7 +97,7 @@ def memory(function, mem_q, mem_k, mem_v, beta, lam, update_rule, write, use_gat
         _gate(function, "beta", beta, shape, floats, mem_q)
     if lam is not None:
         _gate(function, "lam", lam, shape, floats, mem_q)
-    state_dtype = _DOUBLE if floats is _DOUBLE else _FP32
+    state_dtype = _state_dtype(mem_q)
     if beta_bias is not None:
         if beta is None:
             _fail(function, "beta_bias", "be None without beta", "a tensor")
@@ -144,15 +145,19 @@ def state_pool(function, pool, state_indices, output_state_indices, has_initial_
         _tensor(function, "has_initial_state", has_initial_state, (N,), _BOOL, mem_q)
 
 
+def _floats(x):
+    """The dtypes that go with ``x``."""
+    return _DOUBLE if x.dtype == torch.float64 else _FLOATS
+
+
 def queries(function, q):
-    """q alone; returns (B, T, HQ, D, the floating dtypes that go with it)."""
+    """q alone; returns (B, T)."""
     _is_tensor(function, "q", q, (4,), "have shape (B, T, HQ, D)")
     B, T, HQ, D = q.shape
     if HQ < 1 or D < 1:
         _fail(function, "q", "have at least one head and one channel", f"shape {tuple(q.shape)}")
-    floats = _DOUBLE if q.dtype == torch.float64 else _FLOATS
-    _tensor(function, "q", q, q.shape, floats, q)
-    return B, T, HQ, D, floats
+    _tensor(function, "q", q, q.shape, _floats(q), q)
+    return B, T
 
 
 def keys_values(function, q, names, k, v, leading):
@@ -168,13 +173,13 @@ def keys_values(function, q, names, k, v, leading):
     return HKV
 
 
-def same_kind(function, q, mem_q, B, T):
+def same_tokens(function, q, mem_q):
     """Memory and attention describe the same tokens, in fp64 both or neither."""
-    if mem_q.shape[:2] != (B, T):
-        _fail(function, "mem_q", f"have batch size and tokens {(B, T)} of q", tuple(mem_q.shape[:2]))
-    if (mem_q.dtype == torch.float64) != (q.dtype == torch.float64):
+    if mem_q.shape[:2] != q.shape[:2]:
+        _fail(function, "mem_q", f"have q's batch size and tokens {tuple(q.shape[:2])}", tuple(mem_q.shape[:2]))
+    if mem_q.dtype not in _floats(q):
         raise TypeError(f"{function}: mem_q must be float64 exactly when q is, got {_names((mem_q.dtype,))}")
-    if mem_q.get_device() != q.get_device():
+    if mem_q.device != q.device:
         _fail(function, "mem_q", f"be on {q.device}", mem_q.device)
 
 
@@ -182,21 +187,22 @@ def no_memory(function, **arguments):
     _absent(function, "be None without mem_q", **arguments)
 
 
-def corrections(function, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, HQ, HKV, D, HR, floats, q):
-    if delta_q is not None:
-        _tensor(function, "delta_q", delta_q, (HQ * D, HR), floats, q)
-    if delta_k is not None:
-        _tensor(function, "delta_k", delta_k, (HKV * D, HR), floats, q)
-    if delta_v is not None:
-        _tensor(function, "delta_v", delta_v, (HKV * D, HR), floats, q)
-    if q_norm_weight is not None:
-        _tensor(function, "q_norm_weight", q_norm_weight, (D,), floats, q)
-    if k_norm_weight is not None:
-        _tensor(function, "k_norm_weight", k_norm_weight, (D,), floats, q)
+def corrections(function, q, HKV, HR, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight):
+    HQ, D = q.shape[2:]
+    for name, x, shape in (
+        ("delta_q", delta_q, (HQ * D, HR)),
+        ("delta_k", delta_k, (HKV * D, HR)),
+        ("delta_v", delta_v, (HKV * D, HR)),
+        ("q_norm_weight", q_norm_weight, (D,)),
+        ("k_norm_weight", k_norm_weight, (D,)),
+    ):
+        if x is not None:
+            _tensor(function, name, x, shape, _floats(q), q)
 
 
-def rotary(function, cos, sin, positions, B, T, D, floats, q, reach):
+def rotary(function, q, cos, sin, positions, reach):
     """``reach``: how many positions a table must at least hold, as far as the host knows."""
+    B, T, _, D = q.shape
     if (cos is None) != (sin is None):
         given, missing = ("rotary_cos", "rotary_sin") if sin is None else ("rotary_sin", "rotary_cos")
         _fail(function, missing, f"be given together with {given}", "None")
@@ -209,31 +215,37 @@ def rotary(function, cos, sin, positions, B, T, D, floats, q, reach):
     if not 1 <= cos.shape[-1] <= D // 2:
         _fail(function, "rotary_cos", f"have 1 to D/2 = {D // 2} columns", f"shape {tuple(cos.shape)}")
     shape = (cos.shape[0], cos.shape[1]) if cos.ndim == 2 else (B, T, cos.shape[2])
-    _tensor(function, "rotary_cos", cos, shape, floats, q)
-    _tensor(function, "rotary_sin", sin, cos.shape, floats, q)
+    _tensor(function, "rotary_cos", cos, shape, _floats(q), q)
+    _tensor(function, "rotary_sin", sin, cos.shape, _floats(q), q)
     if cos.ndim == 2 and positions is None and cos.shape[0] < reach:
         _fail(function, "rotary_cos", f"hold the {reach} positions of this call", f"{cos.shape[0]} rows")
 
 
-def softmax(function, softmax_scale, window_size, softcap, max_seqlen):
+def softmax(function, softmax_scale, causal, window_size, softcap, max_seqlen):
     if softmax_scale is not None and not isinstance(softmax_scale, (int, float)):
         raise TypeError(f"{function}: softmax_scale must be a number or None, got {type(softmax_scale).__name__}")
-    if len(window_size) != 2 or window_size[0] < -1 or window_size[1] < -1:
+    if len(window_size) != 2 or not all(isinstance(x, int) and x >= -1 for x in window_size):
         _fail(function, "window_size", "be two integers >= -1", window_size)
+    if not isinstance(softcap, (int, float)):
+        raise TypeError(f"{function}: softcap must be a number, got {type(softcap).__name__}")
     if softcap < 0:
         _fail(function, "softcap", "be >= 0", softcap)
     if max_seqlen is not None and (not isinstance(max_seqlen, int) or max_seqlen < 0):
         _fail(function, "max_seqlen", "be an integer >= 0 or None", repr(max_seqlen))
 
 
-def cache(function, q, k_cache, v_cache, k, v, cache_seqlens, cache_leftpad, block_table, N, state_indices):
+def num_splits(function, x):
+    if not isinstance(x, int) or x < 0:
+        _fail(function, "num_splits", "be an integer >= 0", repr(x))
+
+
+def cache(function, q, k_cache, v_cache, k, v, cache_seqlens, cache_leftpad, block_table, state_indices, N):
     """Caches and what addresses them; returns HKV."""
+    HKV = keys_values(function, q, ("k_cache", "v_cache"), k_cache, v_cache, None)
     if block_table is None:
-        HKV = keys_values(function, q, ("k_cache", "v_cache"), k_cache, v_cache, None)
         if k_cache.shape[0] != N:
             _fail(function, "k_cache", f"have a row for each of {N} rows", f"shape {tuple(k_cache.shape)}")
     else:
-        HKV = keys_values(function, q, ("k_cache", "v_cache"), k_cache, v_cache, None)
         _is_tensor(function, "block_table", block_table, (2,), f"have shape ({N}, max_pages)")
         _tensor(function, "block_table", block_table, (N, block_table.shape[1]), _INT32, q)
     if (k is None) != (v is None):
@@ -261,7 +273,7 @@ def result(function, name, x, shape, dtype, device):
 def output(function, attn_proj, reads, delta_o, rms_weight, residual, out):
     _is_tensor(function, "attn_proj", attn_proj, (3,), "have shape (B, T, hidden)")
     B, T, hidden = attn_proj.shape
-    floats = _DOUBLE if attn_proj.dtype == torch.float64 else _FLOATS
+    floats = _floats(attn_proj)
     _tensor(function, "attn_proj", attn_proj, attn_proj.shape, floats, attn_proj)
     _is_tensor(function, "reads", reads, (3, 4), f"have shape ({B}, {T}, H, R) or ({B}, {T}, R)")
     _tensor(function, "reads", reads, (B, T, *reads.shape[2:]), _state_dtype(attn_proj), attn_proj)
@@ -276,9 +288,10 @@ def output(function, attn_proj, reads, delta_o, rms_weight, residual, out):
 
 def inference_only(function, instead, *tensors):
     """In-place functions have no backward pass."""
+    if not torch.is_grad_enabled():
+        return
     for x in tensors:
         if x is not None and x.requires_grad:
             raise RuntimeError(
-                f"{function}: inputs must not require grad while grad mode is on, got one that does; "
-                f"{instead} is the function that trains"
+                f"{function}: inputs must not require grad in grad mode, got one that does; {instead} trains"
             )

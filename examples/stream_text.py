@@ -1,8 +1,8 @@
 """Streams a real text through a small byte-level stack of δ-mem attention layers and proves it exact.
 
 The text (pydoc_data.topics, part of every Python installation) enters in chunks, then byte by byte, through
-KV caches and state pools. The same bytes then go through the training function as one sequence. Both must give
-the same logits and the same memory. Weights are random with a fixed seed: the subject is arithmetic, not prose.
+KV caches and state pools. The same bytes then go through the training function as one sequence: it must give
+the same logits and the same memory. Weights are random, the seed fixed: the subject is arithmetic, not prose.
 """
 
 import argparse

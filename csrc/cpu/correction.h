@@ -36,22 +36,6 @@ struct HeadCorrection {
   int64_t padded() const { return round_up(D, kWidth); }
 };
 
-// kWidth rows of kCols values become kCols vectors of kWidth: with (row, col) as the bits of a linear index,
-// a round of parity splits rotates the index right by one bit.
-template <int kCols>
-inline void transpose_lanes(F32 (&v)[kCols]) {
-  for (int round = 1; round < kCols; round *= 2) {
-    F32 split[kCols];
-#pragma GCC unroll 16
-    for (int i = 0; i < kCols / 2; ++i) {
-      split[i] = evens(v[2 * i], v[2 * i + 1]);
-      split[i + kCols / 2] = odds(v[2 * i], v[2 * i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kCols; ++i) v[i] = split[i];
-  }
-}
-
 // Rows [0, D) of source, `stride` apart, as columns of target [HR, padded]. Returns how many rows are done.
 template <int kCols, class T>
 inline int64_t transpose_blocks(const T* source, int64_t stride, int64_t D, float* target) {

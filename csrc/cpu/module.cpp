@@ -3,6 +3,7 @@
 #define DELTAMEM_BIND_DEVICE ::deltamem::dlpack::kCPU
 #include "bind.h"
 #include "cpu/kernels.h"
+#include "signature.h"
 
 namespace py = pybind11;
 
@@ -111,6 +112,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return active->isa; });
   m.def("supported_isas", supported_isas);
   m.def("set_isa", set_isa);
+  m.def("signature", signature);
 
   m.def("delta_scan_fwd",
         [](T mem_q, T mem_k, T mem_v, T beta, T lam, T initial_state, T token_mask, T cu_seqlens, T beta_bias,

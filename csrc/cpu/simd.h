@@ -166,8 +166,25 @@ inline F32 select(I32 mask, F32 a, F32 b) {
   I32 x = (mask & reinterpret_cast<I32&>(a)) | (~mask & reinterpret_cast<I32&>(b));
   return reinterpret_cast<F32&>(x);
 }
+// b where either is NaN.
+#if defined(__AVX512F__)
+inline F32 vmax(F32 a, F32 b) {
+  return reinterpret_cast<F32>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+inline F32 vmin(F32 a, F32 b) {
+  return reinterpret_cast<F32>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+}
+#elif defined(__AVX2__)
+inline F32 vmax(F32 a, F32 b) {
+  return reinterpret_cast<F32>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+inline F32 vmin(F32 a, F32 b) {
+  return reinterpret_cast<F32>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+}
+#else
 inline F32 vmax(F32 a, F32 b) { return select(a > b, a, b); }
 inline F32 vmin(F32 a, F32 b) { return select(a < b, a, b); }
+#endif
 
 // Lanes of two vectors by parity, evens a0 a2 .. b0 b2 .. and odds a1 a3 .. b1 b3 .., and back: a0 b0 a1 b1 .. of
 // their lower and of their upper halves.
@@ -191,6 +208,22 @@ inline F32 evens(F32 a, F32 b) { return AllLanes::evens(a, b); }
 inline F32 odds(F32 a, F32 b) { return AllLanes::odds(a, b); }
 inline F32 interleave_low(F32 a, F32 b) { return AllLanes::interleave_low(a, b); }
 inline F32 interleave_high(F32 a, F32 b) { return AllLanes::interleave_high(a, b); }
+
+// kWidth rows of kCols values become kCols vectors of kWidth: with (row, col) as the bits of a linear index,
+// a round of parity splits rotates the index right by one bit.
+template <int kCols>
+inline void transpose_lanes(F32 (&v)[kCols]) {
+  for (int round = 1; round < kCols; round *= 2) {
+    F32 split[kCols];
+#pragma GCC unroll 16
+    for (int i = 0; i < kCols / 2; ++i) {
+      split[i] = evens(v[2 * i], v[2 * i + 1]);
+      split[i + kCols / 2] = odds(v[2 * i], v[2 * i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCols; ++i) v[i] = split[i];
+  }
+}
 
 inline float reduce_add(F32 x) {
 #if defined(__AVX512F__)

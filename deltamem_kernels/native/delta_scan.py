@@ -51,3 +51,46 @@ def delta_scan_fwd(
         torch.get_num_threads(),
     )
     return reads, final_state, tape
+
+
+def delta_scan_with_state_pool(
+    mem_q,
+    mem_k,
+    mem_v,
+    beta,
+    lam,
+    state_pool,
+    state_indices,
+    output_state_indices,
+    has_initial_state,
+    token_mask,
+    cu_seqlens,
+    beta_bias,
+    lam_bias,
+    update_rule,
+    write,
+    use_qk_activation_in_kernel,
+    use_gate_in_kernel,
+    reads,
+):
+    _cpu.delta_scan_with_state_pool(
+        mem_q,
+        mem_k,
+        mem_v,
+        beta,
+        lam,
+        state_pool,
+        state_indices,
+        output_state_indices,
+        has_initial_state,
+        token_mask,
+        cu_seqlens,
+        beta_bias,
+        lam_bias,
+        update_rule,
+        write,
+        use_qk_activation_in_kernel,
+        use_gate_in_kernel,
+        reads,
+        torch.get_num_threads(),
+    )

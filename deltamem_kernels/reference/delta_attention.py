@@ -42,9 +42,7 @@ def scores(q: Tensor, k: Tensor, softmax_scale: float, softcap: float) -> Tensor
 def attend(q: Tensor, k: Tensor, v: Tensor, sees: Tensor, softmax_scale: float, softcap: float):
     """(out [Tq, HQ, D], lse [HQ, Tq]) of one row."""
     s = scores(grouped(q, k.shape[1]), k, softmax_scale, softcap)
-    blind = ~sees.any(
-        -1, keepdim=True
-    )  # [Tq, 1]; finite scores keep their softmax, and its gradient, defined
+    blind = ~sees.any(-1, keepdim=True)  # [Tq, 1]; finite scores keep their softmax, and its gradient, defined
     s = s.masked_fill(~sees, -torch.inf).masked_fill(blind, 0)
     lse = torch.logsumexp(s, -1, keepdim=True)
     out = torch.einsum("hgij,jhd->ihgd", torch.exp(s - lse), v).flatten(1, 2)
@@ -70,7 +68,7 @@ def attend_bwd(
     q, dout, out = (grouped(x, kv_heads) for x in (q, dout, out))
     s = scores(q, k, softmax_scale, softcap)
     lse = lse.unflatten(0, s.shape[:2])[..., None]
-    p = torch.exp(s - lse).masked_fill(~sees | lse.isneginf(), 0)
+    p = torch.exp(s - lse).masked_fill(~sees, 0)
     delta = torch.einsum("ihgd,ihgd->hgi", dout, out)[..., None]
     ds = p * (torch.einsum("ihgd,jhd->hgij", dout, v) - delta) * softmax_scale
     if softcap > 0:
@@ -121,7 +119,7 @@ def delta_attention_fwd(
     lse = wide_q.new_full((batch, heads, tokens), -torch.inf)
     for span in spans(batch, tokens, cu_seqlens):
         b, where = span.tokens
-        slots = torch.arange(len(span), device=q.device)
+        slots = torch.arange(span.length, device=q.device)
         shown = live[b, where]
         sees = visible(slots, slots, causal, window_left, window_right) & shown & shown[:, None]
         out[b, where], lse[b, :, where] = attend(
@@ -154,7 +152,7 @@ def delta_attention_bwd(
     dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for span in spans(*q.shape[:2], cu_seqlens):
         b, where = span.tokens
-        slots = torch.arange(len(span), device=q.device)
+        slots = torch.arange(span.length, device=q.device)
         shown = live[b, where]
         sees = visible(slots, slots, causal, window_left, window_right) & shown & shown[:, None]
         row = [x[b, where] for x in wide]
@@ -207,7 +205,7 @@ def delta_attention_with_kvcache(
     first = cache_seqlens.tolist()  # the slot of a row's first query
     if not appended:
         for span in found:
-            first[span.row] -= len(span)
+            first[span.row] -= span.length
     hidden = [0] * len(first) if cache_leftpad is None else cache_leftpad.tolist()
     slots = slot_positions(found, first, batch, tokens, q.device)
     # a query before slot 0 sees nothing when causal; its rotation must still be a row of the table
@@ -219,9 +217,7 @@ def delta_attention_with_kvcache(
     lse.fill_(-torch.inf)
     for span in found:
         b, where = span.tokens
-        keys = torch.arange(
-            hidden[span.row], max(hidden[span.row], first[span.row] + len(span)), device=q.device
-        )
+        keys = torch.arange(hidden[span.row], max(hidden[span.row], first[span.row] + span.length), device=q.device)
         index = slot_index(k_cache, block_table, span.row, keys)
         row_out, row_lse = attend(
             q_prep[b, where],

@@ -28,7 +28,7 @@ def delta_output_fwd(
     if weight is not None:
         u = rms_norm(u, weight, rms_eps)
     y = x + u
-    return (y if skip is None else y + skip).to(attn_proj.dtype)
+    return (y if skip is None else y + skip).to(attn_proj.dtype).contiguous()
 
 
 @without_autocast
@@ -43,7 +43,7 @@ def delta_output_bwd(
         du, dweight = rms_norm_bwd(du, r.flatten(2) @ w.T, weight, rms_eps)
         dweight = dweight.to(rms_weight.dtype)
     ddelta_o = du.flatten(0, 1).T @ r.flatten(2).flatten(0, 1)
-    return (du @ w).view(reads.shape), ddelta_o.to(delta_o.dtype), dweight
+    return (du @ w).reshape(reads.shape), ddelta_o.to(delta_o.dtype), dweight
 
 
 @torch.no_grad()

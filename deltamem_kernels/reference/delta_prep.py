@@ -97,7 +97,7 @@ def prepare(
         y = rms_norm(y, norm_weight, norm_eps)
     if rotary is not None:
         y = rotate(y, rotary)
-    return clean(y, live, dtype).to(x.dtype)
+    return clean(y, live, dtype).to(x.dtype).contiguous()
 
 
 def prepare_bwd(
@@ -123,7 +123,7 @@ def prepare_bwd(
         grad, grads["norm_weight"] = rms_norm_bwd(grad, corrected, norm_weight, norm_eps)
     grads["x"] = grad
     if delta is not None:
-        grads["reads"] = (grad.flatten(2) @ delta).view_as(reads)
+        grads["reads"] = (grad.flatten(2) @ delta).reshape(reads.shape)
         grads["delta"] = grad.flatten(2).flatten(0, 1).T @ reads.flatten(2).flatten(0, 1)
     return grads
 

@@ -74,9 +74,7 @@ def gates_bwd(
     return dbeta - dlam if lam is None else dbeta, dlam
 
 
-def clean_rows(
-    x: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
+def clean_rows(x: Tensor | None, valid: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """x as rows [N, T, ...] in the arithmetic's dtype; what masked tokens hold (NaN, even) is 0."""
     if x is None:
         return None
@@ -149,7 +147,7 @@ def tape_slots(
 ) -> tuple[Tensor, Tensor, int]:
     """Segment s of row n: its place on the tape, whether it exists (both [N, S]); the tape's length."""
     found = spans(batch, tokens, cu_seqlens)
-    count = [-(-len(span) // segment_len) for span in found]
+    count = [-(-span.length // segment_len) for span in found]
     if cu_seqlens is None:
         first, total = [n * c for n, c in enumerate(count)], sum(count)
     else:
@@ -196,7 +194,7 @@ def delta_scan_fwd(
             starts.append(before)
         reads.append(read_t)
         state = after
-    reads = torch.stack(reads, 1) if reads else torch.zeros_like(steps.q)
+    reads = torch.stack(reads, 1) if reads else steps.q.new_zeros(steps.q.shape)
 
     tape = state.new_empty(0)
     if save_tape:
@@ -207,9 +205,7 @@ def delta_scan_fwd(
     return from_rows(reads, cu_seqlens, mem_q.shape[1]), state.contiguous(), tape
 
 
-def reverse_segment(
-    dstate: Tensor, dreads: Tensor, steps: Steps, first: int, states: list[Tensor], token_gates, grads
-):
+def reverse_segment(dstate: Tensor, dreads: Tensor, steps: Steps, first: int, states: list[Tensor], token_gates, grads):
     """Takes dS from the end of a segment to its start and fills grads at its tokens.
 
     Per row i of S, with s = s_{t-1,i}, g = dS_t,i, a = s.k_t, h = g.k_t:

@@ -23,7 +23,8 @@ class Span(NamedTuple):
     def tokens(self) -> tuple[int, slice]:
         return self.batch, slice(self.start, self.stop)
 
-    def __len__(self) -> int:
+    @property
+    def length(self) -> int:
         return self.stop - self.start
 
 
@@ -59,19 +60,15 @@ def covered(found: list[Span], batch: int, tokens: int, device: torch.device) ->
     return inside
 
 
-def slot_positions(
-    found: list[Span], first: list[int], batch: int, tokens: int, device: torch.device
-) -> Tensor:
+def slot_positions(found: list[Span], first: list[int], batch: int, tokens: int, device: torch.device) -> Tensor:
     """int64 [B, T]: token i of a span is at first[row] + i; 0 outside the spans."""
     where = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     for span in found:
-        where[span.tokens] = first[span.row] + torch.arange(len(span), device=device)
+        where[span.tokens] = first[span.row] + torch.arange(span.length, device=device)
     return where
 
 
-def slot_index(
-    cache: Tensor, block_table: Tensor | None, row: int, slots: Tensor
-) -> tuple[int | Tensor, Tensor]:
+def slot_index(cache: Tensor, block_table: Tensor | None, row: int, slots: Tensor) -> tuple[int | Tensor, Tensor]:
     """Index of a row's slots in a dense cache [B, S, ...] or, given block_table, a paged [P, page, ...]."""
     if block_table is None:
         return row, slots
@@ -82,7 +79,7 @@ def slot_index(
 def _grid(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """Token index and whether there is such a token, both [N, T_max]."""
     found = spans(1, 0, cu_seqlens)
-    step = torch.arange(max(map(len, found), default=0), device=cu_seqlens.device)
+    step = torch.arange(max((span.length for span in found), default=0), device=cu_seqlens.device)
     start, stop = cu_seqlens[:-1, None].long(), cu_seqlens[1:, None].long()
     inside = start + step < stop
     return torch.where(inside, start + step, 0), inside

@@ -1,0 +1,140 @@
+// Softmax over scores held [keys, kLanes]: every lane is a query, so maxima and sums run down the rows.
+// Scores are in base 2 (scaled by log2 e).
+#pragma once
+
+#include "cpu/mask.h"
+#include "cpu/matmul.h"
+
+namespace deltamem::DELTAMEM_ISA {
+
+inline constexpr float kLog2e = 1.44269504088896341f;
+inline constexpr double kLn2 = 0.693147180559945309;
+
+// 2^x for x <= 127 to about 2 ulp: 2^n times a degree-5 polynomial on [-1/2, 1/2]. 2^-inf = 0.
+inline F32 exp2(F32 x) {
+  x = vmax(broadcast(-150.0f), x);  // in this order NaN stays
+#if defined(__AVX512F__)
+  F32 n = reinterpret_cast<F32>(
+      _mm512_roundscale_ps(reinterpret_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  F32 magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  F32 n = (x + magic) - magic;
+#endif
+  F32 r = x - n;
+  F32 p = broadcast(1.326472731e-03f);
+  p = p * r + 9.671512991e-03f;
+  p = p * r + 5.550733581e-02f;
+  p = p * r + 2.402224243e-01f;
+  p = p * r + 6.931470037e-01f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return reinterpret_cast<F32>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+#else
+  I32 exponent = (__builtin_convertvector(n, I32) + 127) << 23;
+  return select(x < -126.0f, zero(), p * reinterpret_cast<F32&>(exponent));
+#endif
+}
+
+// ---- scores
+// --------------------------------------------------------------------------------------------------
+
+// The slots that each lane's query sees, and what they have in common.
+struct LaneMask {
+  int32_t begin[kLanes], end[kLanes];
+  KeyRange any;  // slots that some lane sees
+  KeyRange all;  // slots that every lane sees that sees one at all
+
+  void clear() {
+    for (int i = 0; i < kLanes; ++i) begin[i] = end[i] = 0;
+    any = {INT32_MAX, 0};
+    all = {0, INT32_MAX};
+  }
+  void set(int lane, KeyRange seen) {
+    if (seen.empty()) return;
+    begin[lane] = static_cast<int32_t>(seen.begin);
+    end[lane] = static_cast<int32_t>(seen.end);
+    any = {min(any.begin, seen.begin), max(any.end, seen.end)};
+    all = {max(all.begin, seen.begin), min(all.end, seen.end)};
+  }
+};
+
+// Scores of slots that a lane does not see become -inf. hidden [keys]: nobody sees the key; optional.
+inline void hide(float* scores, int64_t first_slot, int64_t keys, const LaneMask& mask, const bool* hidden) {
+  const F32 minus_inf = broadcast(-__builtin_inff());
+  for (int64_t j = 0; j < keys; ++j) {
+    int32_t slot = static_cast<int32_t>(hidden != nullptr && hidden[j] ? -1 : first_slot + j);
+    for (int v = 0; v < kLaneVectors; ++v) {
+      const I32 begin = *reinterpret_cast<const I32*>(mask.begin + v * kWidth);
+      const I32 end = *reinterpret_cast<const I32*>(mask.end + v * kWidth);
+      float* at = scores + j * kLanes + v * kWidth;
+      store(at, select((begin <= slot) & (end > slot), load(at), minus_inf));
+    }
+  }
+}
+
+// softcap tanh(x), in base 2, of scores already divided by softcap.
+inline void cap(float* scores, int64_t keys, float softcap) {
+  for (int64_t i = 0; i < keys * kLanes; i += kWidth) {
+    store(scores + i, tanh(load(scores + i)) * (softcap * kLog2e));
+  }
+}
+
+// ---- weights
+// -------------------------------------------------------------------------------------------------
+
+// Weights of consecutive keys j .. j + kTerms as words of the product with V, [keys / kTerms, kLanes].
+inline void store_weights(float* words, F32 (&p)[1]) { store(words, p[0]); }
+#if defined(__AVX512BF16__)
+inline void store_weights(Pair* words, F32 (&p)[2]) {
+  __m512i first = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(p[0])));
+  __m512i second = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(reinterpret_cast<__m512>(p[1])));
+  store_words(words, reinterpret_cast<F32>(_mm512_or_si512(first, _mm512_slli_epi32(second, 16))));
+}
+#endif
+
+// Statistics of a tile of lanes over the keys met so far, [kLanes] each: weights are 2^(score - maximum).
+struct LaneStats {
+  float *maximum, *sum;
+  void clear() {
+    for (int i = 0; i < kLanes; ++i) maximum[i] = -__builtin_inff(), sum[i] = 0;
+  }
+};
+
+// Scores [keys, kLanes] to weights in the same place, words along the keys; advances the statistics.
+// lane_scale: what products summed so far are to be multiplied with.
+template <class Word>
+inline void online_softmax(float* scores, int64_t keys, const LaneStats& stats, float* lane_scale) {
+  constexpr int terms = kTerms<Word>;
+  F32 top[kLaneVectors], sum[kLaneVectors] = {};
+  for (int v = 0; v < kLaneVectors; ++v) top[v] = load(stats.maximum + v * kWidth);
+  for (int64_t j = 0; j < keys; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kLaneVectors; ++v) top[v] = vmax(top[v], load(scores + j * kLanes + v * kWidth));
+  }
+  for (int v = 0; v < kLaneVectors; ++v) {
+    F32 before = load(stats.maximum + v * kWidth);
+    store(stats.maximum + v * kWidth, top[v]);
+    top[v] =
+        select(top[v] == -__builtin_inff(), zero(), top[v]);  // nothing seen yet: -inf - 0, not -inf + inf
+    store(lane_scale + v * kWidth, exp2(before - top[v]));
+  }
+  Word* words = reinterpret_cast<Word*>(scores);  // word row j / terms lies at or before score row j
+  for (int64_t j = 0; j < keys; j += terms) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kLaneVectors; ++v) {
+      F32 p[terms];
+#pragma GCC unroll 2
+      for (int t = 0; t < terms; ++t) {
+        p[t] = exp2(load(scores + (j + t) * kLanes + v * kWidth) - top[v]);
+        sum[v] = sum[v] + p[t];
+      }
+      store_weights(words + j / terms * kLanes + v * kWidth, p);
+    }
+  }
+  for (int v = 0; v < kLaneVectors; ++v) {
+    float* total = stats.sum + v * kWidth;
+    store(total, load(total) * load(lane_scale + v * kWidth) + sum[v]);
+  }
+}
+
+}  // namespace deltamem::DELTAMEM_ISA

@@ -1,0 +1,152 @@
+"""Launchers of attention."""
+
+import torch
+
+from deltamem_kernels.native import _cpu
+
+
+def delta_attention_fwd(
+    q,
+    k,
+    v,
+    reads,
+    delta_q,
+    q_norm_weight,
+    norm_eps,
+    rotary_cos,
+    rotary_sin,
+    rotary_interleaved,
+    positions,
+    token_mask,
+    cu_seqlens,
+    max_seqlen,
+    softmax_scale,
+    causal,
+    window_left,
+    window_right,
+    softcap,
+):
+    B, T, HQ, _ = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((B, HQ, T), dtype=torch.float32)
+    _cpu.delta_attention_fwd(
+        q,
+        k,
+        v,
+        reads,
+        delta_q,
+        q_norm_weight,
+        norm_eps,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved,
+        positions,
+        token_mask,
+        cu_seqlens,
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        out,
+        lse,
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+def delta_attention_bwd(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    token_mask,
+    cu_seqlens,
+    max_seqlen,
+    softmax_scale,
+    causal,
+    window_left,
+    window_right,
+    softcap,
+):
+    grads = [x.new_empty(x.shape) for x in (q, k, v)]
+    _cpu.delta_attention_bwd(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        token_mask,
+        cu_seqlens,
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        *grads,
+        torch.get_num_threads(),
+    )
+    return tuple(grads)
+
+
+def delta_attention_with_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    reads,
+    delta_q,
+    q_norm_weight,
+    norm_eps,
+    rotary_cos,
+    rotary_sin,
+    rotary_interleaved,
+    positions,
+    token_mask,
+    cu_seqlens,
+    max_seqlen,
+    cache_seqlens,
+    cache_leftpad,
+    block_table,
+    state_indices,
+    appended,
+    softmax_scale,
+    causal,
+    window_left,
+    window_right,
+    softcap,
+    num_splits,
+    out,
+    lse,
+):
+    _cpu.delta_attention_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        reads,
+        delta_q,
+        q_norm_weight,
+        norm_eps,
+        rotary_cos,
+        rotary_sin,
+        rotary_interleaved,
+        positions,
+        token_mask,
+        cu_seqlens,
+        cache_seqlens,
+        cache_leftpad,
+        block_table,
+        state_indices,
+        appended,
+        softmax_scale,
+        causal,
+        window_left,
+        window_right,
+        softcap,
+        num_splits,
+        out,
+        lse,
+        torch.get_num_threads(),
+    )
