@@ -1,34 +1,36 @@
-// Attention of a tile of query columns over a block of keys, with a running softmax. A column is one query head of
-// one token; all columns of a tile share a kv head.
+// Attention of a tile of query columns over a block of keys, with a running softmax. A column is one query
+// head of one token; all columns of a tile share a kv head.
 //
-//     s = q . k scale,   softcap tanh(s / softcap);   m' = max(m, s);   acc' = e^(m - m') acc + sum_j e^(s_j - m') v_j
+//     s = q . k scale,   softcap tanh(s / softcap);   m' = max(m, s);   acc' = e^(m - m') acc + sum_j e^(s_j
+//     - m') v_j
 //
 // Keys are reached through pointers, so that dense and paged caches are the same here.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/row_vectors.h"
 #include "params.h"
 
 namespace deltamem::DELTAMEM_ISA {
 
-// Keys of a block: long enough to pay for the softmax's reductions, while the block's K and V of the heads that are
-// taken together stay in the second-level cache with those of the next block.
+// Keys of a block: long enough to pay for the softmax's reductions, while the block's K and V of the heads
+// that are taken together stay in the second-level cache with those of the next block.
 inline constexpr int kKeys = 64;
-// Accumulators of a score tile, kColumns x kTileKeys, are as many as a vector has lanes: one transposing reduction
-// turns them into one vector of scores.
+// Accumulators of a score tile, kColumns x kTileKeys, are as many as a vector has lanes: one transposing
+// reduction turns them into one vector of scores.
 inline constexpr int kTileKeys = 4;
 inline constexpr int kColumns = kWidth / kTileKeys;
 
 template <class T>
 struct KeyBlock {
-  int count = 0;          // keys; pointers are repeated up to a multiple of kTileKeys
+  int count = 0;  // keys; pointers are repeated up to a multiple of kTileKeys
   int64_t first_slot = 0;
   const T* k[kKeys];  // of the first kv head
   const T* v[kKeys];
 };
 
-// Fetches keys that come later to the second-level cache, a few lines at a time: in bursts, or left to the hardware,
-// which sees a stride where the heads of a key lie side by side, the same bytes take twice as long (Zen 4).
+// Fetches keys that come later to the second-level cache, a few lines at a time: in bursts, or left to the
+// hardware, which sees a stride where the heads of a key lie side by side, the same bytes take twice as long
+// (Zen 4).
 template <class T>
 class Prefetch {
  public:
@@ -36,6 +38,10 @@ class Prefetch {
   // The same `elements` of each of `count` rows, from `offset` on.
   Prefetch(const T* const* rows, int count, int64_t offset, int64_t elements)
       : row_(rows), end_(rows + count), offset_(offset), size_(elements * sizeof(T)) {}
+
+  void finish() {
+    while (row_ != end_) advance(size_);
+  }
 
   void advance(int64_t bytes) {
     while (bytes > 0 && row_ != end_) {
@@ -73,14 +79,16 @@ struct Products {
 #pragma GCC unroll 4
     for (int i = 0; i < kVectors; ++i) x[i] = load(v[0] + offset + i * kWidth);
   }
-  static void values_n(const T* const* v, int64_t offset, int n, F32 (&x)[1]) { x[0] = load_n(v[0] + offset, n); }
+  static void values_n(const T* const* v, int64_t offset, int n, F32 (&x)[1]) {
+    x[0] = load_n(v[0] + offset, n);
+  }
 
   static void natural_order(float*, int64_t) {}
 };
 
 #if defined(__AVX512BF16__)
-// Pairs of channels (q . k) and pairs of keys (p . v) in one instruction. Two keys' values are interleaved within
-// 128-bit lanes: accumulators hold 32 channels as 0-3 8-11 16-19 24-27, 4-7 12-15 20-23 28-31.
+// Pairs of channels (q . k) and pairs of keys (p . v) in one instruction. Two keys' values are interleaved
+// within 128-bit lanes: accumulators hold 32 channels as 0-3 8-11 16-19 24-27, 4-7 12-15 20-23 28-31.
 template <>
 struct Products<bf16> {
   using Query = bf16;
@@ -93,8 +101,8 @@ struct Products<bf16> {
   static F32 key(const bf16* k) { return vector(_mm512_loadu_si512(k)); }
   static F32 key_n(const bf16* k, int n) { return vector(_mm512_maskz_loadu_epi16(_bzhi_u32(~0u, n), k)); }
   static F32 multiply_add(F32 sum, F32 a, F32 b) {
-    return reinterpret_cast<F32>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a),
-                                                  reinterpret_cast<__m512bh>(b)));
+    return reinterpret_cast<F32>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b)));
   }
 
   static F32 weight(const bf16* p) {
@@ -121,7 +129,8 @@ struct Products<bf16> {
   static void natural_order(float* row, int64_t padded) {
     for (int64_t d = 0; d < padded; d += 32) {
       const __m512i low = _mm512_loadu_si512(row + d), high = _mm512_loadu_si512(row + d + 16);
-      const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+      const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                    last = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
       _mm512_storeu_si512(row + d, _mm512_permutex2var_epi64(low, first, high));
       _mm512_storeu_si512(row + d + 16, _mm512_permutex2var_epi64(low, last, high));
     }
@@ -129,20 +138,10 @@ struct Products<bf16> {
 };
 #endif
 
-// Lane i of the result is the sum over the lanes of x[i]. Overwrites x.
-inline F32 lane_sums(F32 (&x)[kWidth]) {
-#pragma GCC unroll 4
-  for (int count = kWidth / 2; count > 0; count /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < count; ++i) x[i] = evens(x[2 * i], x[2 * i + 1]) + odds(x[2 * i], x[2 * i + 1]);
-  }
-  return x[0];
-}
-
 // scores [kColumns, kKeys] of kTileKeys keys from key j on.
 template <class T>
-inline void score_keys(const typename Products<T>::Query* q, int64_t q_stride, const KeyBlock<T>& block, int j,
-                       int64_t offset, int64_t D, float* scores) {
+inline void score_keys(const typename Products<T>::Query* q, int64_t q_stride, const KeyBlock<T>& block,
+                       int j, int64_t offset, int64_t D, float* scores) {
   using P = Products<T>;
   F32 sum[kWidth] = {};
   const T* k[kTileKeys];
@@ -164,7 +163,7 @@ inline void score_keys(const typename Products<T>::Query* q, int64_t q_stride, c
   int64_t d = 0;
   for (; d + P::kStep <= D; d += P::kStep) step(d, [](const T* p) { return P::key(p); });
   if (d < D) step(d, [&](const T* p) { return P::key_n(p, static_cast<int>(D - d)); });
-  const F32 sums = lane_sums(sum);
+  const F32 sums = lane_sums<kWidth>(sum);
 #pragma GCC unroll 4
   for (int c = 0; c < kColumns; ++c) {
     for (int i = 0; i < kTileKeys; ++i) scores[c * kKeys + j + i] = sums[c * kTileKeys + i];
@@ -178,7 +177,8 @@ struct RunningSoftmax {
 
 // Keys [from, to) of the block are visible. Turns scores [kKeys] into weights; returns what acc is scaled by.
 template <class Weight>
-inline float weigh(float* scores, int from, int to, const Softmax& softmax, RunningSoftmax& state, Weight* weights) {
+inline float weigh(float* scores, int from, int to, const Softmax& softmax, RunningSoftmax& state,
+                   Weight* weights) {
   const float kInfinity = __builtin_inff();
   const int end = static_cast<int>(round_up(to, kWidth));
   F32 maxima = broadcast(state.maximum);
@@ -209,10 +209,11 @@ inline float weigh(float* scores, int from, int to, const Softmax& softmax, Runn
   return rescale;
 }
 
-// acc [kColumns, kVectors vectors] of the channels from d on. rest: how many of them there are, if that is not all.
+// acc [kColumns, kVectors vectors] of the channels from d on. rest: how many of them there are, if that is
+// not all.
 template <class T, int kVectors, bool kPartial>
-inline void add_values(const typename Products<T>::Weight* weights, const KeyBlock<T>& block, int64_t offset, int rest,
-                       const float* rescale, float* acc, int64_t acc_stride, Prefetch<T>& next) {
+inline void add_values(const typename Products<T>::Weight* weights, const KeyBlock<T>& block, int64_t offset,
+                       int rest, const float* rescale, float* acc, int64_t acc_stride, Prefetch<T>& next) {
   using P = Products<T>;
   F32 sum[kColumns][kVectors];
 #pragma GCC unroll 4
@@ -248,8 +249,8 @@ constexpr int64_t padded_channels(int64_t D) {
   return round_up(D, Products<T>::kStep);
 }
 
-// Takes the columns of one tile over a block. q [kColumns, padded D]; acc [kColumns, padded D]; offset: of the kv
-// head in the cache's rows; from, to [kColumns]: the visible keys of the block.
+// Takes the columns of one tile over a block. q [kColumns, padded D]; acc [kColumns, padded D]; offset: of
+// the kv head in the cache's rows; from, to [kColumns]: the visible keys of the block.
 template <class T>
 inline void attend_tile(const typename Products<T>::Query* q, const KeyBlock<T>& block, int64_t k_offset,
                         int64_t v_offset, int64_t D, const int* from, const int* to, const Softmax& softmax,
@@ -275,7 +276,8 @@ inline void attend_tile(const typename Products<T>::Query* q, const KeyBlock<T>&
     add_values<T, kOne, false>(weights, block, v_offset + d, 0, rescale, acc + d, stride, next_v);
   }
   if (d < D) {
-    add_values<T, kOne, true>(weights, block, v_offset + d, static_cast<int>(D - d), rescale, acc + d, stride, next_v);
+    add_values<T, kOne, true>(weights, block, v_offset + d, static_cast<int>(D - d), rescale, acc + d, stride,
+                              next_v);
   }
 }
 
