@@ -78,7 +78,8 @@ def refusal(function: str, backend: str, device: str, dtype: torch.dtype, R: int
             return NotImplementedError(
                 f"{function}: the {backend} backend has no kernel for {op}; backend='reference' does it"
             )
-    wanted = "cpu" if backend == "cpu" else "cuda"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
     if device != wanted:
         return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {device}")
     if dtype == torch.float64:
