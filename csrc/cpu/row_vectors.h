@@ -51,6 +51,20 @@ inline void store_lanes(float* p, RowOf<W> x) {
   *reinterpret_cast<RowOf<W>*>(p) = x;
 }
 
+// a * b + c in one rounding where there is an instruction: where the chain of latencies matters, the
+// compiler's own choice of the product to contract is not left to it.
+template <int W>
+inline RowOf<W> fma(RowOf<W> a, RowOf<W> b, RowOf<W> c) {
+#if defined(__AVX512F__)
+  if constexpr (W == 16) return _mm512_fmadd_ps(a, b, c);
+#endif
+#if defined(__FMA__)
+  if constexpr (W == 8) return _mm256_fmadd_ps(a, b, c);
+  if constexpr (W == 4) return _mm_fmadd_ps(a, b, c);
+#endif
+  return a * b + c;
+}
+
 // In every block of 2 H lanes: the first (Part 0) or second (Part 1) H lanes of a, then those of b.
 template <int W, int H, int Part, int... L>
 inline RowOf<W> interleave(RowOf<W> a, RowOf<W> b, std::integer_sequence<int, L...>) {
