@@ -269,19 +269,19 @@ inline F32 exp(F32 x) {
 }
 
 inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
-// An odd rational minimax on the range where tanh is below 1 in fp32; relative error below 3e-7, NaN stays.
+// x P(x^2) / Q(x^2), a relative minimax fit with P(0) = Q(0) = 1, as far as fp32 tells tanh from 1: at most 2.7e-7
+// off, 7e-8 in the mean square. NaN stays.
 inline F32 tanh(F32 x) {
-  const F32 end = broadcast(7.99881172180175781f);
+  const F32 end = broadcast(7.9f);
   F32 c = vmax(-end, vmin(end, x)), s = c * c;
-  F32 p = s * -2.76076847742355e-16f + 2.00018790482477e-13f;
-  p = p * s - 8.60467152213735e-11f;
-  p = p * s + 5.12229709037114e-08f;
-  p = p * s + 1.48572235717979e-05f;
-  p = p * s + 6.37261928875436e-04f;
-  p = p * s + 4.89352455891786e-03f;
-  F32 q = s * 1.19825839466702e-06f + 1.18534705686654e-04f;
-  q = q * s + 2.26843463243900e-03f;
-  q = q * s + 4.89352518554385e-03f;
+  F32 p = s * 1.54896754e-08f + 2.20669698e-05f;
+  p = p * s + 3.58164487e-03f;
+  p = p * s + 1.34528600e-01f;
+  p = p * s + 1.0f;
+  F32 q = s * 8.62373504e-07f + 3.42798688e-04f;
+  q = q * s + 2.62023446e-02f;
+  q = q * s + 4.67861898e-01f;
+  q = q * s + 1.0f;
   return c * p / q;
 }
 
