@@ -1,6 +1,6 @@
-// Vectors of one instruction set: F32 (kWidth fp32 lanes) built on compiler vector extensions, so arithmetic is
-// written with operators and `a * b + c` contracts to an FMA (-ffp-contract=fast). Intrinsics stand only where
-// the extensions have no word: half-precision conversion, bf16 dot products, gathers across lanes.
+// Vectors of one instruction set: F32 (kWidth fp32 lanes) built on compiler vector extensions, so arithmetic
+// is written with operators and `a * b + c` contracts to an FMA (-ffp-contract=fast). Intrinsics stand only
+// where the extensions have no word: half-precision conversion, bf16 dot products, gathers across lanes.
 #pragma once
 
 #include <cstdint>
@@ -186,8 +186,8 @@ inline F32 vmax(F32 a, F32 b) { return select(a > b, a, b); }
 inline F32 vmin(F32 a, F32 b) { return select(a < b, a, b); }
 #endif
 
-// Lanes of two vectors by parity, evens a0 a2 .. b0 b2 .. and odds a1 a3 .. b1 b3 .., and back: a0 b0 a1 b1 .. of
-// their lower and of their upper halves.
+// Lanes of two vectors by parity, evens a0 a2 .. b0 b2 .. and odds a1 a3 .. b1 b3 .., and back: a0 b0 a1 b1
+// .. of their lower and of their upper halves.
 template <int... lane>
 struct Lanes {
   static F32 evens(F32 a, F32 b) { return __builtin_shufflevector(a, b, (2 * lane)...); }
@@ -244,7 +244,8 @@ inline float reduce_max(F32 x) {
 #endif
 }
 
-// e^x to about 2 ulp: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2]. exp(-inf) = 0; x > 88.7 saturates; NaN stays.
+// e^x to about 2 ulp: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2]. exp(-inf) = 0; x > 88.7 saturates;
+// NaN stays.
 inline F32 exp(F32 x) {
   const float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   F32 clamped = vmax(vmin(x, broadcast(88.7f)), broadcast(-104.0f));
@@ -269,8 +270,8 @@ inline F32 exp(F32 x) {
 }
 
 inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
-// x P(x^2) / Q(x^2), a relative minimax fit with P(0) = Q(0) = 1, as far as fp32 tells tanh from 1: at most 2.7e-7
-// off, 7e-8 in the mean square. NaN stays.
+// x P(x^2) / Q(x^2), a relative minimax fit with P(0) = Q(0) = 1, as far as fp32 tells tanh from 1: at
+// most 2.7e-7 off, 7e-8 in the mean square. NaN stays.
 inline F32 tanh(F32 x) {
   const F32 end = broadcast(7.9f);
   F32 c = vmax(-end, vmin(end, x)), s = c * c;
@@ -285,7 +286,8 @@ inline F32 tanh(F32 x) {
   return c * p / q;
 }
 
-// ---- rows of any dtype -------------------------------------------------------------------------------------
+// ---- rows of any dtype
+// -------------------------------------------------------------------------------------
 
 template <class T>
 inline void convert_row(const T* source, float* target, int64_t n) {
