@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/row_vectors.h"
+#include "cpu/softmax.h"
 #include "params.h"
 
 namespace deltamem::DELTAMEM_ISA {
@@ -198,12 +199,12 @@ inline float weigh(float* scores, int from, int to, const Softmax& softmax, Runn
   const bool blind = maximum == -kInfinity;  // nothing visible so far
   F32 sum = zero();
   for (int j = 0; j < end; j += kWidth) {
-    const F32 p = blind ? zero() : exp(load(scores + j) - maximum);
+    const F32 p = blind ? zero() : fast_exp(load(scores + j) - maximum);
     sum = sum + p;
     store(weights + j, p);
   }
   for (int j = end; j < kKeys; j += kWidth) store(weights + j, zero());
-  const float rescale = blind ? 1.0f : exp(broadcast(state.maximum - maximum))[0];
+  const float rescale = blind ? 1.0f : fast_exp(broadcast(state.maximum - maximum))[0];
   state.sum = state.sum * rescale + reduce_add(sum);
   state.maximum = maximum;
   return rescale;
