@@ -21,6 +21,7 @@ from .attention import (
     count_unmasked,
     find_tile,
     load_rows,
+    past_full,
     product,
     tanh,
     tile_count,
@@ -88,13 +89,17 @@ def key_rows(first, table, inside, BN: tl.constexpr, PAGE: tl.constexpr, MASKED:
 
 @triton.jit
 def attend(
-    acc, total, peak, q, begin, stop, k, v, table, shown, slots, low, high, left, right, scale, softcap,
-    stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
+    acc, total, peak, q, begin, full_begin, full_stop, stop, k, v, table, shown, slots, low, high, left, right,
+    scale, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
     EVEN: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Online softmax over the key blocks of begin .. stop; scale is not negative, total and peak [BM]."""
-    for first in tl.range(begin, stop, BN):
-        keys = tl.multiple_of(first, BN) + tl.arange(0, BN)
+    """Online softmax over the key blocks of full_begin .. full_stop, or MASKED the others of begin .. stop.
+
+    scale is not negative; total and peak [BM].
+    """
+    for step in tl.range(begin if MASKED else full_begin, stop - (full_stop - full_begin) if MASKED else full_stop, BN):
+        first = tl.multiple_of(past_full(step, full_begin, full_stop, MASKED), BN)
+        keys = first + tl.arange(0, BN)
         inside = (keys >= low) & (keys < high)
         if shown is not None:
             inside = tl.load(shown + keys, mask=inside, other=0).to(tl.int1)
@@ -139,9 +144,9 @@ def attention_fwd_kernel(
     eps, scale, softcap, left, right, T, N, splits,
     HQ: tl.constexpr, G: tl.constexpr, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, GATHERED: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
-    APPENDED: tl.constexpr, BANDED: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    APPENDED: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """N rows; BANDED: keys before a tile's first full block exist (a left window or left padding)."""
+    """out, lse of N rows; with splits, of one of the shares of a tile's keys."""
     pid = tl.program_id(0)
     head = (pid % HQ).to(tl.int64)
     split = (pid // HQ) % splits
@@ -212,22 +217,18 @@ def attention_fwd_kernel(
     total = tl.zeros([BM], tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
     size = tl.abs(scale)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), stop)
+    full_stop = tl.minimum(tl.maximum(full_stop, full_begin), stop)
     if shown is not None:
-        full_begin, full_stop = begin, begin
-    if BANDED and shown is None:
-        acc, total, peak = attend(
-            acc, total, peak, query, begin, tl.minimum(full_begin, stop), k_base, v_base, table, None, slots, low,
-            end, left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
-            D == 2 * P, CAPPED, PAGE, BN, True,
-        )
+        full_stop = full_begin
     if shown is None:
         acc, total, peak = attend(
-            acc, total, peak, query, tl.maximum(begin, full_begin), tl.minimum(full_stop, stop), k_base, v_base,
-            table, None, slots, low, end, left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b,
-            stride_v_t, k_columns, v_columns, D == 2 * P, CAPPED, PAGE, BN, False,
+            acc, total, peak, query, begin, full_begin, full_stop, stop, k_base, v_base, table, None, slots, low, end,
+            left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
+            D == 2 * P, CAPPED, PAGE, BN, False,
         )
     acc, total, peak = attend(
-        acc, total, peak, query, tl.maximum(begin, full_stop), stop, k_base, v_base, table, shown, slots, low, end,
+        acc, total, peak, query, begin, full_begin, full_stop, stop, k_base, v_base, table, shown, slots, low, end,
         left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
         D == 2 * P, CAPPED, PAGE, BN, True,
     )
@@ -274,7 +275,7 @@ def _launch(q, k, v, out, lse, prologue, rows, cache, state_indices, appended, s
         HQ=HQ, G=HQ // k.shape[2], H=H, R=R, D=D, HALF=0 if cos is None else cos.shape[-1],
         INTERLEAVED=interleaved and cos is not None, GATHERED=cos is not None and cos.dim() == 3,
         P=max(8, pair_count(D)), PAGE=0 if block_table is None else k.shape[1], APPENDED=appended,
-        BANDED=left >= 0 or leftpad is not None, CAPPED=softcap > 0, **tile._asdict(),
+        CAPPED=softcap > 0, **tile._asdict(),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 with delta = rowsum(dout out). Three launches, each result written by one program, so no atomics and equal bits in
 every run: delta; dk and dv, a program per key block and kv head, which walks the query tiles of all heads of its
 group; dq, a program per query tile and head, which walks the keys. Accumulators stay in registers. Tiles that
-are seen whole take loops without masks.
+are seen whole take loops without masks. Dead tokens come in as zeros with an infinite lse, so that they add nothing.
 
 Floor: 14 D flops per visible (query, key) and head, against 10 where dq is added up by atomics.
 """
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import LOG2E, find_tile, load_rows, product, tanh, tile_count, visible, window
+from .attention import LOG2E, find_tile, in_window, load_rows, past_full, product, tanh, tile_count, window
 from .attention_tiles import backward_tiles, capability
 
 
@@ -69,27 +69,30 @@ def tile_gradients(
 
 @triton.jit
 def add_queries(
-    dk, dv, k, v, begin, stop, q, dout, lse, delta, shown, keys, key_live, length, left, right, scale, softcap,
-    stride_q_t, stride_dout_t, columns,
+    dk, dv, k, v, begin, full_begin, full_stop, stop, q, dout, lse, delta, shown, keys, length, left, right,
+    scale, softcap, stride_q_t, stride_dout_t, columns,
     EVEN: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Adds the query tiles of begin .. stop of one head to dk, dv [BN, C]; scores are transposed, [BN, BM]."""
-    for first in tl.range(begin, stop, BM):
-        rows = tl.multiple_of(first, BM) + tl.arange(0, BM)
+    """Adds query tiles of one head to dk, dv [BN, C]; scores are transposed, [BN, BM].
+
+    Those of full_begin .. full_stop, or MASKED the others of begin .. stop.
+    """
+    for step in tl.range(begin if MASKED else full_begin, stop - (full_stop - full_begin) if MASKED else full_stop, BM):
+        rows = tl.multiple_of(past_full(step, full_begin, full_stop, MASKED), BM) + tl.arange(0, BM)
         live = rows < length
         if shown is not None:
             live = tl.load(shown + rows, mask=live, other=0).to(tl.int1)
         q_tile = load_rows(q, rows, stride_q_t, None, 0, columns, live, MASKED, EVEN)
         do_tile = load_rows(dout, rows, stride_dout_t, None, 0, columns, live, MASKED, EVEN)
         if MASKED:
-            log_sum = tl.load(lse + rows, mask=live, other=0.0)
+            log_sum = tl.load(lse + rows, mask=live, other=float("inf"))  # P = 0
             row_delta = tl.load(delta + rows, mask=live, other=0.0)
         else:
             log_sum = tl.load(lse + rows)
             row_delta = tl.load(delta + rows)
         scores = product(k, tl.trans(q_tile))
         dp = product(v, tl.trans(do_tile))
-        sees = visible(rows[None, :], keys[:, None], 0, length, left, right) & live[None, :] & key_live[:, None]
+        sees = in_window(keys[:, None] - rows[None, :], left, right)
         p, ds = tile_gradients(
             scores, dp, (log_sum * LOG2E)[None, :], row_delta[None, :], sees, scale, softcap, CAPPED, MASKED
         )
@@ -149,35 +152,32 @@ def attention_bwd_dkdv_kernel(
         delta_base = delta + (batch * (HKV * G) + head) * T + start
         if token_mask is None:
             dk_tile, dv_tile = add_queries(
-                dk_tile, dv_tile, k_tile, v_tile, begin, full_begin, q_base, dout_base, lse_base, delta_base, None,
-                keys, key_live, length, left, right, scale, softcap, stride_q_t, stride_dout_t, columns,
-                D == C, CAPPED, BM, True,
-            )
-            dk_tile, dv_tile = add_queries(
-                dk_tile, dv_tile, k_tile, v_tile, full_begin, full_stop, q_base, dout_base, lse_base, delta_base,
-                None, keys, key_live, length, left, right, scale, softcap, stride_q_t, stride_dout_t, columns,
+                dk_tile, dv_tile, k_tile, v_tile, begin, full_begin, full_stop, stop, q_base, dout_base, lse_base,
+                delta_base, None, keys, length, left, right, scale, softcap, stride_q_t, stride_dout_t, columns,
                 D == C, CAPPED, BM, False,
             )
         dk_tile, dv_tile = add_queries(
-            dk_tile, dv_tile, k_tile, v_tile, full_stop, stop, q_base, dout_base, lse_base, delta_base, shown,
-            keys, key_live, length, left, right, scale, softcap, stride_q_t, stride_dout_t, columns,
+            dk_tile, dv_tile, k_tile, v_tile, begin, full_begin, full_stop, stop, q_base, dout_base, lse_base,
+            delta_base, shown, keys, length, left, right, scale, softcap, stride_q_t, stride_dout_t, columns,
             D == C, CAPPED, BM, True,
         )
     at_rows = ((batch * T + start + keys) * HKV + kv_head)[:, None] * D + column[None, :]
     mask = inside[:, None] & (column < D)[None, :]
-    tl.store(dk + at_rows, (dk_tile * scale).to(dk.dtype.element_ty), mask=mask)
+    dk_tile = tl.where(key_live[:, None], dk_tile * scale, 0.0)
+    dv_tile = tl.where(key_live[:, None], dv_tile, 0.0)
+    tl.store(dk + at_rows, dk_tile.to(dk.dtype.element_ty), mask=mask)
     tl.store(dv + at_rows, dv_tile.to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def add_keys(
-    dq, q, dout, log_sum, delta, begin, stop, k, v, shown, rows, live, length, left, right, scale, softcap,
-    stride_k_t, stride_v_t, columns,
+    dq, q, dout, log_sum, delta, begin, full_begin, full_stop, stop, k, v, shown, rows, length, left, right,
+    scale, softcap, stride_k_t, stride_v_t, columns,
     EVEN: tl.constexpr, CAPPED: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Adds the key blocks of begin .. stop to dq [BM, C]."""
-    for first in tl.range(begin, stop, BN):
-        keys = tl.multiple_of(first, BN) + tl.arange(0, BN)
+    """Adds to dq [BM, C] the key blocks of full_begin .. full_stop, or MASKED the others of begin .. stop."""
+    for step in tl.range(begin if MASKED else full_begin, stop - (full_stop - full_begin) if MASKED else full_stop, BN):
+        keys = tl.multiple_of(past_full(step, full_begin, full_stop, MASKED), BN) + tl.arange(0, BN)
         inside = keys < length
         if shown is not None:
             inside = tl.load(shown + keys, mask=inside, other=0).to(tl.int1)
@@ -185,7 +185,7 @@ def add_keys(
         v_block = load_rows(v, keys, stride_v_t, None, 0, columns, inside, MASKED, EVEN)
         scores = product(q, tl.trans(k_block))
         dp = product(dout, tl.trans(v_block))
-        sees = visible(rows[:, None], keys[None, :], 0, length, left, right) & live[:, None] & inside[None, :]
+        sees = in_window(keys[None, :] - rows[:, None], left, right)
         _, ds = tile_gradients(scores, dp, log_sum[:, None], delta[:, None], sees, scale, softcap, CAPPED, MASKED)
         dq = product(ds.to(k_block.dtype), k_block, dq)
     return dq
@@ -198,9 +198,9 @@ def attention_bwd_dq_kernel(
     stride_dout_b, stride_dout_t, stride_dout_h, stride_lse_b, stride_lse_h, stride_mask,
     scale, softcap, left, right, T, N,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, C: tl.constexpr, CAPPED: tl.constexpr,
-    BOUNDED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """dq [B, T, HQ, D] contiguous; heavy tiles first. BOUNDED: a left window."""
+    """dq [B, T, HQ, D] contiguous; heavy tiles first."""
     pid = tl.program_id(0)
     head = (pid % HQ).to(tl.int64)
     tile = (tl.num_programs(0) - 1 - pid) // HQ
@@ -221,7 +221,8 @@ def attention_bwd_dq_kernel(
     dout_base = dout + batch * stride_dout_b + start * stride_dout_t + head * stride_dout_h
     q_tile = load_rows(q_base, rows, stride_q_t, None, 0, columns, live, True, D == C)
     do_tile = load_rows(dout_base, rows, stride_dout_t, None, 0, columns, live, True, D == C)
-    log_sum = tl.load(lse + batch * stride_lse_b + head * stride_lse_h + start + rows, mask=live, other=0.0) * LOG2E
+    log_sum = tl.load(lse + batch * stride_lse_b + head * stride_lse_h + start + rows, mask=live, other=float("inf"))
+    log_sum *= LOG2E  # infinite, P = 0, for dead queries
     row_delta = tl.load(delta + (batch * HQ + head) * T + start + rows, mask=live, other=0.0)
     k_base = k + batch * stride_k_b + start * stride_k_t + head // G * stride_k_h
     v_base = v + batch * stride_v_b + start * stride_v_t + head // G * stride_v_h
@@ -236,23 +237,17 @@ def attention_bwd_dq_kernel(
     if token_mask is not None:
         full_begin, full_stop = begin, begin
     total = tl.zeros([BM, C], tl.float32)
-    if BOUNDED and token_mask is None:
-        total = add_keys(
-            total, q_tile, do_tile, log_sum, row_delta, begin, full_begin, k_base, v_base, None, rows, live, length,
-            left, right, scale, softcap, stride_k_t, stride_v_t, columns, D == C, CAPPED, BN, True,
-        )
     if token_mask is None:
         total = add_keys(
-            total, q_tile, do_tile, log_sum, row_delta, full_begin, full_stop, k_base, v_base, None, rows, live,
+            total, q_tile, do_tile, log_sum, row_delta, begin, full_begin, full_stop, stop, k_base, v_base, None, rows,
             length, left, right, scale, softcap, stride_k_t, stride_v_t, columns, D == C, CAPPED, BN, False,
         )
     total = add_keys(
-        total, q_tile, do_tile, log_sum, row_delta, full_stop, stop, k_base, v_base, shown, rows, live, length,
-        left, right, scale, softcap, stride_k_t, stride_v_t, columns, D == C, CAPPED, BN, True,
+        total, q_tile, do_tile, log_sum, row_delta, begin, full_begin, full_stop, stop, k_base, v_base, shown, rows,
+        length, left, right, scale, softcap, stride_k_t, stride_v_t, columns, D == C, CAPPED, BN, True,
     )
     at_rows = ((batch * T + start + rows) * HQ + head)[:, None] * D + column[None, :]
-    result = tl.where(live[:, None], total * scale, 0.0).to(dq.dtype.element_ty)
-    tl.store(dq + at_rows, result, mask=inside[:, None] & (column < D)[None, :])
+    tl.store(dq + at_rows, (total * scale).to(dq.dtype.element_ty), mask=inside[:, None] & (column < D)[None, :])
 # fmt: on
 
 
@@ -286,7 +281,6 @@ def delta_attention_bwd(
         q, k, v, dout, lse, delta, dk, dv, token_mask, cu_seqlens, *shared, HKV=HKV, **fixed, **dkdv_tile._asdict()
     )  # fmt: skip
     attention_bwd_dq_kernel[(tile_count(B, T, cu_seqlens, dq_tile.BM) * HQ,)](
-        q, k, v, dout, lse, delta, dq, token_mask, cu_seqlens, *shared, HQ=HQ, BOUNDED=window_left >= 0,
-        **fixed, **dq_tile._asdict(),
+        q, k, v, dout, lse, delta, dq, token_mask, cu_seqlens, *shared, HQ=HQ, **fixed, **dq_tile._asdict(),
     )  # fmt: skip
     return dq, dk, dv
