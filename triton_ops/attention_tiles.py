@@ -31,36 +31,43 @@ def small_shared(capability: tuple[int, int]) -> bool:
 
 
 def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
-    """Shared memory holds q [BM, D] and num_stages blocks of k and of v [BN, D]."""
+    """Shared memory holds q [BM, D] and num_stages blocks of k and of v [BN, D].
+
+    The largest tiles whose accumulator [BM, D], scores [BM, BN] and slice of q fit a thread's 255 registers.
+    """
     if capability is None:
         return Tile(16, 16, 4, 1)
-    if dtype == torch.float32:  # FMA dots: registers hold both operands' slices
-        return Tile(64, 32, 8, 1) if D <= 64 else Tile(32, 32, 8, 1) if D <= 128 else Tile(16, 32, 8, 1)
+    if dtype == torch.float32:  # FMA dots: registers hold slices of both operands too
+        return Tile(64, 32, 8, 1) if D <= 64 else Tile(16, 32, 8, 1)
     if capability == GFX:
         return Tile(128, 64, 4, 1) if D <= 128 else Tile(64, 32, 4, 1)
-    if capability[0] in (9, 10):
-        # two warpgroups of 64 queries: 64 accumulator and 64 score registers per thread at D = 128
-        return Tile(128, 128, 8, 3) if D <= 64 else Tile(128, 128, 8, 2) if D <= 128 else Tile(128, 64, 8, 2)
+    if capability[0] == 9:
+        # two warpgroups of 64 queries; D = 256 leaves 64 queries, and the warpgroups halve the keys
+        return Tile(128, 128, 8, 3) if D <= 64 else Tile(128, 128, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
+    if capability[0] == 10:
+        return Tile(128, 64, 8, 3) if D <= 64 else Tile(128, 64, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
     if small_shared(capability):
-        return Tile(128, 64, 4, 2) if D <= 64 else Tile(128, 32, 8, 2) if D <= 128 else Tile(64, 32, 8, 1)
-    return Tile(128, 64, 4, 3) if D <= 64 else Tile(128, 64, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
+        return Tile(128, 64, 4, 2) if D <= 64 else Tile(128, 32, 8, 2) if D <= 128 else Tile(32, 32, 8, 2)
+    return Tile(128, 64, 4, 3) if D <= 64 else Tile(128, 64, 8, 2) if D <= 128 else Tile(32, 64, 8, 2)
 
 
 def backward_tiles(D: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> tuple[Tile, Tile]:
-    """(dk and dv: BN keys held, BM queries walked; dq: BM queries held, BN keys walked)."""
+    """(dk and dv: BN keys held, BM queries walked; dq: BM queries held, BN keys walked).
+
+    Two accumulators [BN, D] leave dk and dv few registers for scores and their gradients: BM is small.
+    """
     if capability is None:
         return Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)
     if dtype == torch.float32:
-        rows = 32 if D <= 64 else 16
-        return Tile(16, rows, 4, 1), Tile(rows, 16, 4, 1)
+        return Tile(16, 16, 4, 1), Tile(32 if D <= 64 else 16, 16, 4, 1)
     if capability == GFX:
-        rows = 64 if D <= 128 else 32
-        return Tile(32, rows, 4, 1), Tile(rows, 32, 4, 1)
+        return (Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)) if D <= 128 else (Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
     if capability[0] in (9, 10):
         if D <= 64:
-            return Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)
-        # two fp32 accumulators [BN, D] of 64 registers per thread leave room for 32 queries
-        return (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)) if D <= 128 else (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2))
+            return Tile(32, 128, 8, 2), Tile(128, 128, 8, 2)
+        if capability[0] == 10:
+            return (Tile(32, 64, 8, 1), Tile(128, 64, 8, 2)) if D <= 128 else (Tile(16, 32, 8, 1), Tile(64, 32, 8, 2))
+        return (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)) if D <= 128 else (Tile(16, 64, 8, 2), Tile(64, 32, 8, 2))
     if D <= 64:
-        return Tile(32, 64, 4, 2), Tile(64, 32, 4, 2)
+        return Tile(32, 64, 8, 2), Tile(64, 32, 4, 2)
     return (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)) if D <= 128 else (Tile(16, 32, 8, 1), Tile(32, 16, 8, 1))
