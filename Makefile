@@ -1,5 +1,6 @@
 # make demo   install, benchmark decode throughput here, and stream a text through delta-mem layers
 # make test   install, lint, and run every test against the installed wheel
+# make static every Triton kernel compiled for every supported GPU, without one: registers, spills, instructions
 # The rest: make lint, format, sanitize, bench, clean.
 
 PYTHON ?= python3
@@ -9,14 +10,14 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test lint format sanitize bench clean
+.PHONY: demo test static lint format sanitize bench clean
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet '.[test,bench,lint]'
+	$(BIN)/python -m pip install --quiet '.[test,bench,lint,triton]'
 	touch $@
 
 demo: $(VENV)/installed
@@ -27,6 +28,9 @@ demo: $(VENV)/installed
 # From tests/, so that the source tree cannot stand in for the wheel.
 test: lint
 	cd tests && ../$(BIN)/pytest --durations=8 .
+
+static: $(VENV)/installed
+	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ def decode(path, env: dict, rows: list[dict]) -> None:
         columnspacing=1.4,
     )
     figure.suptitle(
-        f"Decode, one attention layer, {env['dtype']}: bandwidth reached, and µs per step",
+        f"Decode, one attention layer, {env['dtype']}: bandwidth reached, and ms per step",
         x=0.012,
         y=1 - 0.12 / height,
         ha="left",
@@ -53,7 +53,7 @@ def decode(path, env: dict, rows: list[dict]) -> None:
         fontsize=7.5,
         color=FAINT,
     )
-    figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - 0.7 / height))
+    figure.tight_layout(rect=(0, 0.2 / height, 1, 1 - 0.42 / height))
     figure.savefig(path, dpi=140, facecolor="white")
     plt.close(figure)
     print(f"chart: {path}")
@@ -75,7 +75,7 @@ def _panel(axis, rows: list[dict]) -> None:
                 label=name if place == 0 else None,
             )
             axis.annotate(
-                f"{row['us']:,.0f}",
+                f"{row['us'] / 1000:.3g}",
                 (at, height),
                 (0, 2),
                 textcoords="offset points",

@@ -12,6 +12,11 @@ def _given(grads, inputs):
     return [None if x is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
+def _dense(*cotangents):
+    """Cotangents as ops take tensors: of a sum, say, they come expanded along their last dimension."""
+    return [g if g is None or g.stride(-1) == 1 else g.contiguous() for g in cotangents]
+
+
 class DeltaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, scan, token_mask, cu_seqlens, initial_state, *memory):
@@ -30,7 +35,8 @@ class DeltaScan(torch.autograd.Function):
         token_mask, cu_seqlens, initial_state, tape, *memory = ctx.saved_tensors
         if dreads is None and dfinal_state is None:
             return (None,) * 12
-        grads = _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state)
+        cotangents = _dense(dreads, dfinal_state)
+        grads = _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, *cotangents)
         return None, None, None, None, *grads
 
 
@@ -82,6 +88,7 @@ class FusedDeltaAttention(torch.autograd.Function):
             token_mask, cu_seqlens, positions, q, k, v, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight,
             rotary_cos, rotary_sin, initial_state, k_prep, v_prep, out, lse, reads, tape, *memory,
         ) = ctx.saved_tensors  # fmt: skip
+        dout, dreads, dfinal_state = _dense(dout, dreads, dfinal_state)
         attention_grads = [None] * 11
         if dout is not None:
             fix = fused.Corrections(
@@ -112,6 +119,7 @@ class DeltaOutput(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         reads, delta_o, rms_weight = ctx.saved_tensors
+        (dy,) = _dense(dy)
         grads = OVERLOADS[ctx.backend]["delta_output_bwd"](dy, reads, delta_o, rms_weight, ctx.rms_eps)
         dreads, ddelta_o, drms_weight = _given(grads, (reads, delta_o, rms_weight))
         dresidual = dy if ctx.needs_input_grad[6] else None

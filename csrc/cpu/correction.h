@@ -36,20 +36,25 @@ struct HeadCorrection {
   int64_t padded() const { return round_up(D, kWidth); }
 };
 
-// Rows [0, D) of source, `stride` apart, as columns of target [HR, padded]. Returns how many rows are done.
+// The first kCols values of D rows, `stride` apart, as columns of target [kCols, padded D]. Returns how many
+// rows are done: whole blocks of kWidth.
 template <int kCols, class T>
 inline int64_t transpose_blocks(const T* source, int64_t stride, int64_t D, float* target) {
   int64_t d = 0, padded = round_up(D, kWidth);
   for (; d + kWidth <= D; d += kWidth) {
     T rows[kWidth * kCols];
     const T* block = source + d * stride;
-    if (stride != kCols) {
-      for (int i = 0; i < kWidth; ++i) std::memcpy(rows + i * kCols, block + i * stride, sizeof(T) * kCols);
-      block = rows;
+    int64_t step = stride;
+    if (kCols != kWidth) {
+      step = kWidth;
+      if (stride != kCols) {
+        for (int i = 0; i < kWidth; ++i) std::memcpy(rows + i * kCols, block + i * stride, sizeof(T) * kCols);
+        block = rows;
+      }
     }
     F32 v[kCols];
 #pragma GCC unroll 16
-    for (int i = 0; i < kCols; ++i) v[i] = load(block + i * kWidth);
+    for (int i = 0; i < kCols; ++i) v[i] = load(block + i * step);
     transpose_lanes<kCols>(v);
 #pragma GCC unroll 16
     for (int i = 0; i < kCols; ++i) store(target + i * padded + d, v[i]);
@@ -63,11 +68,14 @@ inline void transpose_weight(const Tensor& weight, int64_t first, int64_t D, flo
   dispatch_float(weight.dtype, [&](auto type) {
     const auto* source = weight.at<decltype(type)>(first);
     const int64_t stride = weight.stride[0];
-    int64_t done = HR == 4    ? transpose_blocks<4>(source, stride, D, target)
-                   : HR == 8  ? transpose_blocks<8>(source, stride, D, target)
-                   : HR == 16 ? transpose_blocks<16>(source, stride, D, target)
-                   : HR == 32 ? transpose_blocks<32>(source, stride, D, target)
-                              : 0;
+    const int cols = HR % kWidth == 0 ? kWidth : HR % 8 == 0 ? 8 : HR % 4 == 0 ? 4 : 1;
+    int64_t done = 0;
+    for (int64_t j = 0; cols > 1 && j < HR; j += cols) {
+      float* column = target + j * padded;
+      done = cols == kWidth ? transpose_blocks<kWidth>(source + j, stride, D, column)
+             : cols == 8    ? transpose_blocks<8>(source + j, stride, D, column)
+                            : transpose_blocks<4>(source + j, stride, D, column);
+    }
     for (int64_t j = 0; j < HR; ++j) {
       for (int64_t d = done; d < D; ++d) target[j * padded + d] = to_float(source[d * stride + j]);
       for (int64_t d = D; d < padded; ++d) target[j * padded + d] = 0.0f;
@@ -75,9 +83,10 @@ inline void transpose_weight(const Tensor& weight, int64_t first, int64_t D, flo
   });
 }
 
-// The weights of all heads of one projection. convert_all: every head's delta is converted here, once, for
-// callers that come to a head many times; otherwise head() converts it into its caller's scratch, for calls
-// of few tokens, where each head is met once.
+// The weights of all heads of one projection, or of any tall weight [rows, HR] in pieces of D rows, the last
+// one as long as it is. convert_all: every head's delta is converted here, once, for callers that come to a
+// head many times; otherwise head() converts it into its caller's scratch, for calls of few tokens, where
+// each head is met once.
 class CorrectionWeights {
  public:
   CorrectionWeights(const Correction& correction, int64_t heads, int64_t D, int64_t HR, float eps,
@@ -96,7 +105,7 @@ class CorrectionWeights {
     if (!convert_all || !delta_) return;
     const bool threads_pay = heads * head_size_ > (1 << 16);
 #pragma omp parallel for num_threads(num_threads) schedule(static) if (threads_pay)
-    for (int64_t h = 0; h < heads; ++h) transpose_weight(delta_, h * D, D, all_ + h * head_size_);
+    for (int64_t h = 0; h < heads; ++h) transpose_weight(delta_, h * D, length(h), all_ + h * head_size_);
   }
 
   int64_t scratch_size() const { return converted_all_ ? 0 : head_size_; }
@@ -104,16 +113,19 @@ class CorrectionWeights {
   HeadCorrection head(int64_t h, float* scratch) const {
     HeadCorrection found = head_;
     if (!delta_) return found;
+    found.D = length(h);
     if (converted_all_) {
       found.delta = all_.data + h * head_size_;
     } else {
-      transpose_weight(delta_, h * found.D, found.D, scratch);
+      transpose_weight(delta_, h * head_.D, found.D, scratch);
       found.delta = scratch;
     }
     return found;
   }
 
  private:
+  int64_t length(int64_t h) const { return min(head_.D, delta_.size[0] - h * head_.D); }
+
   Tensor delta_;
   HeadCorrection head_;
   int64_t head_size_;
@@ -271,9 +283,54 @@ inline void rotate_row(float* x, const TokenInputs& token, float direction = 1.0
   }
 }
 
+// prepare_row of a row of kCount vectors, which stays in registers from its load to its store.
+template <int kCount, class T>
+inline void prepare_vectors(const T* x, const HeadCorrection& head, const TokenInputs& token, float* out) {
+  F32 y[kCount] = {};
+  if (head.delta != nullptr) {
+    const float* weight = head.delta;
+    for (int64_t j = 0; j < head.HR; ++j, weight += kCount * kWidth) {
+      const F32 read = broadcast(token.reads[j]);
+#pragma GCC unroll 16
+      for (int i = 0; i < kCount; ++i) y[i] = y[i] + load(weight + i * kWidth) * read;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) y[i] = load(x + i * kWidth) + y[i];
+  if (head.norm != nullptr) {
+    F32 squares[2] = {};
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) squares[i % 2] = squares[i % 2] + y[i] * y[i];
+    const F32 scale = broadcast(rms_scale(reduce_add(squares[0] + squares[1]), head.D, head.eps));
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount; ++i) y[i] = y[i] * scale * load(head.norm + i * kWidth);
+  }
+  const bool turn_here = token.cos != nullptr && !token.interleaved && 2 * token.rotary_half == head.D;
+  if (turn_here) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount / 2; ++i) {
+      const F32 c = load(token.cos + i * kWidth), s = load(token.sin + i * kWidth);
+      const F32 a = y[i], b = y[i + kCount / 2];
+      y[i] = a * c - b * s;
+      y[i + kCount / 2] = b * c + a * s;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kCount; ++i) store(out + i * kWidth, y[i]);
+  if (!turn_here && token.cos != nullptr) rotate_row(out, token);
+}
+
 // out [D] = RoPE(RMSNorm(x + delta reads)) as fp32. x: fp32, bf16 or f16; out may be x.
 template <class T>
 inline void prepare_row(const T* x, const HeadCorrection& head, const TokenInputs& token, float* out) {
+  switch (head.D) {
+    case 4 * kWidth:
+      return prepare_vectors<4>(x, head, token, out);
+    case 8 * kWidth:
+      return prepare_vectors<8>(x, head, token, out);
+    case 16 * kWidth:
+      return prepare_vectors<16>(x, head, token, out);
+  }
   const float squares = correct_row(x, head, token.reads, out);
   if (head.norm != nullptr) scale_row(out, head.norm, rms_scale(squares, head.D, head.eps), head.D);
   if (token.cos != nullptr) rotate_row(out, token);

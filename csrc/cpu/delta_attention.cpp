@@ -5,14 +5,11 @@
 #include "cpu/kernels.h"
 #include "cpu/panels.h"
 #include "cpu/softmax.h"
+#include "cpu/tiles.h"
 
 namespace deltamem::DELTAMEM_ISA {
 
 namespace {
-
-constexpr int64_t kKeyBlock = 128;
-constexpr int64_t kMaxTiles = 8;            // per task: packing costs 1 / (tiles * kLanes) of the products
-constexpr int64_t kTilesBytes = 384 << 10;  // q and out of a task's tiles stay in the second-level cache
 
 // A call: what both entry points bring to the same kernel.
 struct Call {
@@ -59,24 +56,22 @@ struct Scratch {
   Buffer<bool> hidden;
 
   Scratch(const HeadDims<Word>& dims, int64_t tiles, int64_t token_size, int64_t head_size)
-      : staged(kKeyBlock * dims.width),
-        k(kKeyBlock * dims.steps),
-        v(dims.panels * kPanel * kKeyBlock / kTerms<Word>),
+      : staged(kBlock * dims.width),
+        k(kBlock * dims.steps),
+        v(dims.panels * kPanel * kBlock / kTerms<Word>),
         q(tiles * dims.steps * kLanes),
-        scores(kKeyBlock * kLanes),
+        scores(kBlock * kLanes),
         out(tiles * dims.rows * kLanes),
         maximum(tiles * kLanes),
         sum(tiles * kLanes),
         lane_scale(kLanes),
-        row(kWidth * dims.rows),
+        row(dims.rows),
         token(token_size),
         head(head_size),
         masks(tiles),
-        hidden(kKeyBlock) {}
-};
-
-struct Task {
-  int32_t row, first;  // tiles from `first` on
+        hidden(kBlock) {
+    std::memset(staged, 0, sizeof(Word) * kBlock * dims.width);
+  }
 };
 
 template <class T>
@@ -91,32 +86,19 @@ class Forward {
         reads_(call.p.on_q.delta ? call.p.reads : Tensor{}),
         weights_(call.p.on_q, call.heads, call.D, reads_ ? reads_.size[2] * reads_.size[3] : 0,
                  call.p.norm_eps, call.batch * call.tokens > 1, num_threads),
-        scale_(p_.softmax.softcap > 0 ? p_.softmax.scale / p_.softmax.softcap : p_.softmax.scale * kLog2e) {}
+        scale_(p_.softmax.softcap > 0 ? p_.softmax.scale / p_.softmax.softcap : p_.softmax.scale) {}
 
   void run(int num_threads) const {
-    int64_t tiles = task_tiles(num_threads), longest = 0, count = 0;
-    for (int64_t row = 0; row < call_.rows; ++row) {
-      const int64_t n = num_tasks(row, tiles);
-      longest = max(longest, n);
-      count += n;
-    }
-    Buffer<Task> tasks(count);
-    int64_t filled = 0;
-    for (int64_t n = longest - 1; n >= 0; --n) {  // the last queries see the most keys: longest tasks first
-      for (int64_t row = 0; row < call_.rows; ++row) {
-        if (n < num_tasks(row, tiles)) {
-          tasks[filled++] = {static_cast<int32_t>(row), static_cast<int32_t>(n * tiles)};
-        }
-      }
-    }
-    const int64_t items = count * call_.kv_heads;
-#pragma omp parallel num_threads(static_cast<int>(max<int64_t>(1, min<int64_t>(num_threads, items))))
+    const TaskList tasks(call_.rows, call_.kv_heads, kLanes * 4 * (dims_.steps + dims_.rows), num_threads,
+                         [&](int64_t row) { return columns(row); });
+    const int64_t items = tasks.count * call_.kv_heads;
+#pragma omp parallel num_threads(team_size(num_threads, items))
     {
-      Scratch<Word> scratch(dims_, tiles, token_scratch_size(reads_, p_.rotary), weights_.scratch_size());
+      Scratch<Word> scratch(dims_, tasks.tiles, token_scratch_size(reads_, p_.rotary),
+                            weights_.scratch_size());
 #pragma omp for schedule(dynamic, 1)
       for (int64_t item = 0; item < items; ++item) {
-        const Task& task = tasks[item / call_.kv_heads];
-        attend(task, item % call_.kv_heads, tiles, scratch);
+        attend(tasks[item / call_.kv_heads], item % call_.kv_heads, tasks.tiles, scratch);
       }
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < call_.rows + call_.batch; ++row) clear_rest(row);
@@ -125,31 +107,21 @@ class Forward {
 
  private:
   int64_t columns(int64_t row) const { return call_.sequence(row).span.length * call_.group; }
-  int64_t num_tasks(int64_t row, int64_t tiles) const { return ceil_div(columns(row), tiles * kLanes); }
-
-  // Tiles of a task: many, but tasks enough for the threads. A column's arithmetic does not depend on it.
-  int64_t task_tiles(int num_threads) const {
-    const int64_t tile_bytes = kLanes * 4 * (dims_.steps + dims_.rows);
-    int64_t total = 0;
-    for (int64_t row = 0; row < call_.rows; ++row) total += ceil_div(columns(row), int64_t(kLanes));
-    const int64_t share = total * call_.kv_heads / (8 * num_threads);
-    return max<int64_t>(1, min(min(kMaxTiles, kTilesBytes / tile_bytes), share));
-  }
 
   void attend(const Task& task, int64_t kv_head, int64_t max_tiles, Scratch<Word>& s) const {
     const Sequence sequence = call_.sequence(task.row);
-    const int64_t first = task.first * kLanes, end = min(columns(task.row), first + max_tiles * kLanes);
+    const int64_t first = task.first, end = min(columns(task.row), first + max_tiles * kLanes);
     const int64_t tiles = ceil_div(end - first, int64_t(kLanes));
     load_queries(sequence, kv_head, first, end, s);
     std::memset(s.out, 0, sizeof(float) * tiles * dims_.rows * kLanes);
     KeyRange keys = {INT32_MAX, 0};
     for (int64_t t = 0; t < tiles; ++t) {
       stats(s, t).clear();
-      keys = {min(keys.begin, s.masks[t].any.begin), max(keys.end, s.masks[t].any.end)};
+      keys = keys.joined(s.masks[t].any);
     }
-    // Blocks start at multiples of kKeyBlock whatever the task sees, so that sums do not depend on the task.
-    for (int64_t start = keys.begin / kKeyBlock * kKeyBlock; start < keys.end; start += kKeyBlock) {
-      const KeyRange block = {max(start, keys.begin), min(start + kKeyBlock, keys.end)};
+    // Blocks start at multiples of kBlock whatever the task sees, so that sums do not depend on the task.
+    for (int64_t start = keys.begin / kBlock * kBlock; start < keys.end; start += kBlock) {
+      const KeyRange block = {max(start, keys.begin), min(start + kBlock, keys.end)};
       const bool any_hidden = pack_keys(sequence, task.row, kv_head, start, block, s);
       for (int64_t t = 0; t < tiles; ++t) attend_block(start, any_hidden, t, s);
     }
@@ -193,9 +165,7 @@ class Forward {
   void stage_query(const T* q, int64_t head, const TokenInputs& token, Scratch<Word>& s, Word* words) const {
     if (!call_.prepares_q()) return stage_row(q, dims_, words);
     prepare_row(q, weights_.head(head, s.head), token, s.row.data);
-    T* rounded = reinterpret_cast<T*>(s.row + dims_.rows);
-    round_row(s.row.data, rounded, dims_.D);
-    stage_row(rounded, dims_, words);
+    stage_rounded<T>(s.row, dims_, words);
   }
 
   // Keys and values of a block as panels; whether some of them are hidden from everybody.
@@ -209,40 +179,34 @@ class Forward {
       s.hidden[j] = inside && call_.is_hidden(sequence.span, slot);
       any_hidden |= s.hidden[j];
     }
-    stage_keys(call_.key_rows(false, row, sequence.span, kv_head), start, block, rows, s);
+    const KeyRows keys = call_.key_rows(false, row, sequence.span, kv_head);
+    const KeyRows values = call_.key_rows(true, row, sequence.span, kv_head);
+    const auto shown = [&](int64_t j) {
+      return start + j >= block.begin && start + j < block.end && !s.hidden[j];
+    };
+    stage_rows<T>(rows, dims_, s.staged.data,
+                  [&](int64_t j) { return shown(j) ? keys.at<T>(start + j) : nullptr; });
     pack_row_panels(s.staged.data, dims_, rows, s.k.data);
-    stage_keys(call_.key_rows(true, row, sequence.span, kv_head), start, block, rows, s);
-    pack_column_panels(s.staged.data, dims_, rows, kKeyBlock, s.v.data);
+    stage_rows<T>(rows, dims_, s.staged.data,
+                  [&](int64_t j) { return shown(j) ? values.at<T>(start + j) : nullptr; });
+    pack_column_panels(s.staged.data, dims_, rows, kBlock, s.v.data);
     return any_hidden;
-  }
-
-  void stage_keys(const KeyRows& source, int64_t start, KeyRange block, int64_t rows,
-                  Scratch<Word>& s) const {
-    for (int64_t j = 0; j < rows; ++j) {
-      const int64_t slot = start + j;
-      Word* words = s.staged + j * dims_.width;
-      if (slot < block.begin || slot >= block.end || s.hidden[j]) {
-        stage_zeros(dims_, words);
-      } else {
-        stage_row(source.at<T>(slot), dims_, words);
-      }
-    }
   }
 
   // Tile t meets the block of keys from `start` on.
   void attend_block(int64_t start, bool any_hidden, int64_t t, Scratch<Word>& s) const {
     const LaneMask& mask = s.masks[t];
-    const int64_t first = max(mask.any.begin - start, int64_t(0)) / kPanel * kPanel;
-    const int64_t end = round_up(min(mask.any.end - start, kKeyBlock), kPanel), keys = end - first;
-    if (keys <= 0) return;
+    const KeyRange rows = mask.rows_of_block(start, kBlock);
+    if (rows.empty()) return;
+    const int64_t first = rows.begin, keys = rows.end - rows.begin;
     multiply(s.k + first * dims_.steps, s.q + t * dims_.steps * kLanes, keys / kPanel, dims_.steps, scale_,
              s.scores.data);
     if (p_.softmax.softcap > 0) cap(s.scores, keys, p_.softmax.softcap);
-    if (any_hidden || !mask.all.covers({start + first, start + end})) {
+    if (any_hidden || !mask.all.covers({start + first, start + rows.end})) {
       hide(s.scores, start + first, keys, mask, s.hidden + first);
     }
     online_softmax<Word>(s.scores, keys, stats(s, t), s.lane_scale);
-    multiply_into(s.v + first / kTerms<Word> * kPanel, kKeyBlock / kTerms<Word> * kPanel,
+    multiply_into(s.v + first / kTerms<Word> * kPanel, kBlock / kTerms<Word> * kPanel,
                   reinterpret_cast<const Word*>(s.scores.data), dims_.panels, keys / kTerms<Word>,
                   s.lane_scale.data, s.out + t * dims_.rows * kLanes);
   }
@@ -254,20 +218,15 @@ class Forward {
     for (int64_t base = first; base < end; base += kWidth) {
       const int64_t t = (base - first) / kLanes, lane = (base - first) % kLanes;
       const LaneStats found = stats(s, t);
-      unpack_lanes(s.out + t * dims_.rows * kLanes, dims_.rows, lane, s.row);
+      const F32 sum = load(found.sum + lane), inverse = select(sum == 0.0f, zero(), 1.0f / sum);
+      T* rows[kWidth] = {};
       for (int64_t i = 0; i < min<int64_t>(kWidth, end - base); ++i) {
         const int64_t token = span.start + (base + i) / call_.group;
         const int64_t head = kv_head * call_.group + (base + i) % call_.group;
-        const float sum = found.sum[lane + i];
-        const bool blind = sum == 0;
-        float* row = s.row + i * dims_.rows;
-        const F32 inverse = broadcast(blind ? 0.0f : 1.0f / sum);
-        for (int64_t d = 0; d < dims_.rows; d += kWidth) store(row + d, load(row + d) * inverse);
-        round_row(row, p_.out.at<T>(span.batch, token, head), dims_.D);
-        *lse(span.batch, head, token) = blind ? -__builtin_inff()
-                                              : static_cast<float>(found.maximum[lane + i] * kLn2 +
-                                                                   __builtin_log(static_cast<double>(sum)));
+        rows[i] = p_.out.at<T>(span.batch, token, head);
+        *lse(span.batch, head, token) = static_cast<float>(found.maximum[lane + i] + __builtin_log(sum[i]));
       }
+      unpack_lanes(s.out + t * dims_.rows * kLanes, dims_, lane, inverse, rows);
     }
   }
 
@@ -298,7 +257,7 @@ class Forward {
   HeadDims<Word> dims_;
   Tensor reads_;
   CorrectionWeights weights_;
-  float scale_;  // of the products, into base 2 or the softcap's argument
+  float scale_;  // of the products: into scores, or the softcap's argument
 };
 
 void run(const Call& call, int num_threads) {

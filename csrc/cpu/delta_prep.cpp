@@ -26,16 +26,22 @@ void prepare_head(const Projection& projection, int64_t h, const Token* block, i
   }
 }
 
+// Elements of the result below which another thread costs more than it does.
+constexpr int64_t kElementsPerThread = 1 << 14;
+
 // target(which of q, k, v; head; token) is where a row goes.
 template <class Target>
 void prepare(const DeltaPrepParams& p, const TokenBlocks& tokens, int num_threads, Target&& target) {
+  const int64_t elements = tokens.tokens() * (p.q.size[2] + p.k.size[2] + p.v.size[2]) * largest_head_size(p);
+  if (elements == 0) return;
+  num_threads = static_cast<int>(min<int64_t>(num_threads, ceil_div(elements, kElementsPerThread)));
   const Projections all(p, tokens.count() > 1, num_threads);
   const int64_t heads = all.heads();
   // Few tokens are cut along the heads, too.
   const int64_t heads_at_once = tokens.count() >= 4 * num_threads ? heads : 1;
   const int64_t head_groups = ceil_div(heads, max<int64_t>(heads_at_once, 1));
   const int64_t items = tokens.count() * head_groups;
-#pragma omp parallel num_threads(static_cast<int>(max<int64_t>(1, min<int64_t>(num_threads, items))))
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     Buffer<float> weight_scratch(all.scratch_size()), token_scratch(tokens.scratch_size());
     Buffer<float> row(largest_head_size(p));

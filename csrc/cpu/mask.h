@@ -9,6 +9,7 @@ namespace deltamem::DELTAMEM_ISA {
 struct KeyRange {
   int64_t begin, end;
   bool empty() const { return end <= begin; }
+  KeyRange joined(KeyRange other) const { return {min(begin, other.begin), max(end, other.end)}; }
   bool covers(KeyRange other) const { return begin <= other.begin && other.end <= end; }
 };
 

@@ -40,12 +40,11 @@ struct WordOf<bf16> {
 };
 #endif
 
-inline F32 load_words(const float* p) { return load(p); }
 inline void store_words(void* p, F32 x) { *static_cast<F32*>(p) = x; }
 inline F32 broadcast_word(const float* p) { return broadcast(*p); }
 inline F32 multiply_add(float, F32 a, F32 b, F32 sum) { return a * b + sum; }
 
-inline F32 load_words(const Pair* p) { return *reinterpret_cast<const F32*>(p); }
+inline F32 load_words(const void* p) { return *static_cast<const F32*>(p); }
 #if defined(__AVX512BF16__)
 inline F32 broadcast_word(const Pair* p) {
   int32_t bits;
@@ -93,25 +92,19 @@ inline void multiply(const Word* a, const Word* b, int64_t panels, int64_t steps
 }
 
 // c = c * lane_scale + a b                        panels of a are a_stride words apart; c [panels * kPanel,
-// kLanes]
+// kLanes] The block's product is summed apart: one running fp32 sum over thousands of rows would lose digits.
 template <class Word>
 inline void multiply_into(const Word* a, int64_t a_stride, const Word* b, int64_t panels, int64_t steps,
                           const float* lane_scale, float* c) {
-  for (int64_t p = 0; p < panels; ++p, a += a_stride, c += kPanel * kLanes) {
-    Sums sum;
-    F32 scale[kLaneVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kLaneVectors; ++v) scale[v] = load(lane_scale + v * kWidth);
-#pragma GCC unroll 8
-    for (int r = 0; r < kPanel; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kLaneVectors; ++v) sum[r][v] = load(c + r * kLanes + v * kWidth) * scale[v];
-    }
+  F32 scale[kLaneVectors];
+  for (int v = 0; v < kLaneVectors; ++v) scale[v] = load(lane_scale + v * kWidth);
+  for (int64_t p = 0; p < panels; ++p, a += a_stride) {
+    Sums sum = {};
     multiply_panel(a, b, steps, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kPanel; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kLaneVectors; ++v) store(c + r * kLanes + v * kWidth, sum[r][v]);
+      for (int v = 0; v < kLaneVectors; ++v, c += kWidth) store(c, load(c) * scale[v] + sum[r][v]);
     }
   }
 }

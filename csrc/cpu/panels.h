@@ -22,18 +22,59 @@ struct HeadDims {
 // ---- rows to words
 // -----------------------------------------------------------------------------------------
 
-template <class T>
-inline void stage_row(const T* row, const HeadDims<float>& dims, float* words) {
+// The staged rows' padding is zeroed once, when their buffer is made, and never written.
+inline void stage_row(const float* row, const HeadDims<float>& dims, float* words) {
   convert_row(row, words, dims.D);
-  for (int64_t i = dims.D; i < dims.width; ++i) words[i] = 0;
+}
+inline void stage_row(const f16* row, const HeadDims<float>& dims, float* words) {
+  convert_row(row, words, dims.D);
+}
+inline void stage_row(const bf16* row, const HeadDims<float>& dims, float* words) {
+  convert_row(row, words, dims.D);
 }
 inline void stage_row(const bf16* row, const HeadDims<Pair>& dims, Pair* words) {
-  std::memcpy(words, row, 2 * dims.D);
-  std::memset(reinterpret_cast<bf16*>(words) + dims.D, 0, 4 * dims.width - 2 * dims.D);
+  int64_t i = 0;
+  for (; i + kWidth <= dims.D / 2; i += kWidth) store_words(words + i, load_words(row + 2 * i));
+  std::memcpy(words + i, row + 2 * i, sizeof(bf16) * (dims.D - 2 * i));
 }
 template <class Word>
 inline void stage_zeros(const HeadDims<Word>& dims, Word* words) {
   std::memset(words, 0, sizeof(Word) * dims.width);
+}
+
+// An fp32 row [D], rounded to T first. `row` may be `words` where words are fp32.
+template <class T>
+inline void stage_rounded(const float* row, const HeadDims<float>& dims, float* words) {
+  T rounded[kWidth];
+  int64_t i = 0;
+  for (; i + kWidth <= dims.D; i += kWidth) {
+    store(rounded, load(row + i));
+    store(words + i, load(rounded));
+  }
+  for (; i < dims.D; ++i) words[i] = to_float(from_float<T>(row[i]));
+}
+template <class T>
+inline void stage_rounded(const float* row, const HeadDims<Pair>& dims, Pair* words) {
+  round_row(row, &words->first, dims.D);
+}
+
+// row_at(i), or zeros where that is null, for i < rows. Rows of a head lie far apart, and no hardware
+// prefetcher sees the next one coming.
+template <class T, class Word, class RowAt>
+inline void stage_rows(int64_t rows, const HeadDims<Word>& dims, Word* staged, RowAt&& row_at) {
+  constexpr int64_t kAhead = 8;
+  for (int64_t i = 0; i < rows; ++i, staged += dims.width) {
+    const T* next = i + kAhead < rows ? row_at(i + kAhead) : nullptr;
+    if (next != nullptr) {
+      for (int64_t d = 0; d < dims.D; d += 64 / sizeof(T)) __builtin_prefetch(next + d);
+    }
+    const T* row = row_at(i);
+    if (row != nullptr) {
+      stage_row(row, dims, staged);
+    } else {
+      stage_zeros(dims, staged);
+    }
+  }
 }
 
 // kWidth rows from source on, `stride` words apart, as columns: x[i] holds word i of every row.
@@ -104,12 +145,25 @@ inline void pack_column_panels(const Pair* staged, const HeadDims<Pair>& dims, i
   }
 }
 
-// Lanes lane .. lane + kWidth of a transposed product [dims.rows, kLanes] into rows [kWidth, dims.rows].
-inline void unpack_lanes(const float* lanes, int64_t channels, int64_t lane, float* rows) {
-  for (int64_t d = 0; d < channels; d += kWidth) {
+// Lanes lane .. lane + kWidth of a transposed product [dims.rows, kLanes], times lane_scale, into rows [D] of
+// T; a null row is left out.
+template <class T, class Word>
+inline void unpack_lanes(const float* lanes, const HeadDims<Word>& dims, int64_t lane, F32 lane_scale,
+                         T* const* rows) {
+  for (int64_t d = 0; d < dims.D; d += kWidth) {
     F32 x[kWidth];
-    load_transposed(lanes + d * kLanes + lane, kLanes, x);
-    for (int64_t i = 0; i < kWidth; ++i) store_words(rows + i * channels + d, x[i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = load(lanes + (d + i) * kLanes + lane) * lane_scale;
+    transpose_lanes<kWidth>(x);
+    const int64_t n = min<int64_t>(kWidth, dims.D - d);
+    for (int i = 0; i < kWidth; ++i) {
+      if (rows[i] == nullptr) continue;
+      if (n == kWidth) {
+        store(rows[i] + d, x[i]);
+      } else {
+        store_n(rows[i] + d, x[i], static_cast<int>(n));
+      }
+    }
   }
 }
 

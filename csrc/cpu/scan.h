@@ -19,49 +19,73 @@ struct Stream {
   const float* at(int64_t t) const { return data + t * stride; }
 };
 
-// Up to kBlock unmasked tokens of one row and head, activated, with the update rule resolved. Rows are padded
-// with zeros to `width` floats.
+// A run of unmasked tokens of one row and head, activated. Rows are padded with zeros to `width` floats.
 struct Steps {
   int width = 0;
-  Stream q, k, v, keep, erase, write;
-  Stream beta, lam;                          // what keep and erase were made from; lam unset when coupled
-  const float *kk = nullptr, *kq = nullptr;  // k_t . k_{t+1} and k_t . q_{t+1} of tokens t = 0, 2, 4, ...
+  Stream q, k, v, beta, lam;     // lam unset when coupled, and with no_lambda
+  const float* pairs = nullptr;  // for tokens t = 0, 2, 4 ..: k_t . k_{t+1} at t, k_t . q_{t+1} at t + 1
+  // max(|tanh x|, eps) of each token's q and k; unset when they came activated
+  const float *q_norm = nullptr, *k_norm = nullptr;
 };
 
 // Scratch of one thread: the rows that Steps point to where the caller's tensors cannot serve as they are.
 class StepsLoader {
  public:
-  StepsLoader(const Memory& memory, int64_t tokens);
+  // For runs of at most `block` tokens.
+  StepsLoader(const Memory& memory, int64_t block);
 
-  // Prepares tokens [first, first + count) of batch row `batch`, count <= min(tokens, kBlock); valid until
-  // the next.
+  // Prepares tokens [first, first + count) of batch row `batch`; valid until the next call.
   Steps load(int64_t batch, int64_t first, int64_t count, int64_t head);
+
+  // Rows of one more tensor of the same tokens, valid as long as the Steps loaded before.
+  Stream rows(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head, bool fresh = false);
 
  private:
   float* take(int64_t count);
-  Stream rows(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head, bool fresh);
-  Stream activated(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head);
+  Stream activated(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head,
+                   const float** norm);
   Stream gate(const Tensor& t, const Tensor& bias, int64_t batch, int64_t first, int64_t count, int64_t head);
-  void resolve_gates(Steps& steps, int64_t count);
   void multiply_pairs(Steps& steps, int64_t count);
 
   const Memory& memory_;
-  int64_t rank_, block_;
+  int64_t rank_;
   int width_;
   Buffer<float> scratch_;
   int64_t used_ = 0;
 };
 
-// A state during a scan: column j (key channel) stands at state + j * width, padded with zeros to [width,
-// width].
-void load_state(const Tensor& source, int64_t i0, int64_t i1, int64_t rank,
-                float* state);  // source absent: zeros
+// A state during a scan: column j (key channel) at state + j * width, zeros up to [width, width]. An absent
+// source is zeros.
+void load_state(const Tensor& source, int64_t i0, int64_t i1, int64_t rank, float* state);
 void store_state(const Tensor& target, int64_t i0, int64_t i1, const float* state);
 
 // state <- state after `count` tokens; reads[t * stride ...] <- what token t reads (width floats each).
-void advance(float* state, const Steps& steps, int64_t count, float* reads, int64_t stride);
+void advance(UpdateRule rule, float* state, const Steps& steps, int64_t count, float* reads, int64_t stride);
 // reads only: every token reads `state`.
 void read_only(const float* state, const Steps& steps, int64_t count, float* reads, int64_t stride);
+
+// As advance, for the backward pass: history[t] <- the state before token t, recalled[t * width ...] <-
+// S_{t-1} k_t.
+void replay(UpdateRule rule, float* state, const Steps& steps, int64_t count, float* history,
+            float* recalled);
+
+// Where the gradients of a run go: rows of `width` floats. lam unset when coupled, and with no_lambda.
+struct StepGradients {
+  struct Target {
+    float* data = nullptr;
+    int64_t stride = 0;
+    float* at(int64_t t) const { return data + t * stride; }
+  };
+  Target q, k, v, beta, lam;
+};
+
+// dstate, of the state after the run -> of the state before it. beta and lam gradients are of the gates
+// themselves; a coupled beta's is total.
+void reverse(UpdateRule rule, float* dstate, const Steps& steps, int64_t count, const float* history,
+             const float* recalled, const Stream& dreads, const StepGradients& out);
+// Of reads = S q with one S: dq, and what the run adds to dstate.
+void reverse_read_only(float* dstate, const Steps& steps, int64_t count, const float* state,
+                       const Stream& dreads, const StepGradients& out);
 
 // What one thread needs to scan rows of up to `tokens` tokens.
 struct ScanScratch {
@@ -69,6 +93,9 @@ struct ScanScratch {
   Buffer<float> state, reads;
   ScanScratch(const Memory& memory, int64_t tokens);
 };
+
+// Unmasked tokens from `first` on, at most `count`.
+int64_t run_length(const Rows& rows, int64_t batch, int64_t first, int64_t count);
 
 // Takes scratch.state over tokens [first, first + count) of batch row `batch` and fills their rows of
 // `reads`. Masked tokens read 0 and touch nothing.

@@ -4,10 +4,6 @@
 namespace deltamem::DELTAMEM_ISA {
 namespace {
 
-const float kOnes[kMaxRank] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                               1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-                               1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-
 template <class T>
 void convert_rows(const T* source, int64_t stride, int64_t count, int64_t rank, int width, float* target) {
   if (rank == width && stride == rank) return convert_row(source, target, count * rank);
@@ -34,9 +30,9 @@ void map(float* x, int64_t count, F&& f) {
   for (int64_t i = 0; i < count; i += kWidth) store(x + i, f(load(x + i)));
 }
 
-// y / max(|y|, eps) of every row, W rows at a time.
+// y / max(|y|, eps) of every row, W rows at a time. Keeps the divisors.
 template <int W>
-void normalize_rows(float* y, int64_t count, int width) {
+void normalize_rows(float* y, int64_t count, int width, float* norms) {
   for (int64_t t = 0; t < count; t += W) {
     int64_t rows = min<int64_t>(W, count - t);
     RowOf<W> squares[W];
@@ -47,43 +43,30 @@ void normalize_rows(float* y, int64_t count, int width) {
         squares[r] = x * x + squares[r];
       }
     }
-    float norm[W];
+    float* norm = norms + t;
+    float scale[W];
     store_lanes<W>(norm, lane_sums<W>(squares));
-    for (int r = 0; r < W; ++r) norm[r] = 1.0f / max(__builtin_sqrtf(norm[r]), kL2NormEps);
+    for (int r = 0; r < W; ++r) {
+      norm[r] = max(__builtin_sqrtf(norm[r]), kL2NormEps);
+      scale[r] = 1.0f / norm[r];
+    }
     for (int r = 0; r < rows; ++r) {
       for (int i = 0; i < width; i += W) {
         float* row = y + (t + r) * width + i;
-        store_lanes<W>(row, load_lanes<W>(row) * norm[r]);
+        store_lanes<W>(row, load_lanes<W>(row) * scale[r]);
       }
     }
   }
 }
 
-// out[p] = a_{2p} . b_{2p+1}, W pairs at a time.
-template <int W>
-void dot_pairs(const Stream& a, const Stream& b, int64_t pairs, int width, float* out) {
-  for (int64_t p = 0; p < pairs; p += W) {
-    RowOf<W> products[W];
-    for (int r = 0; r < W; ++r) {
-      products[r] = RowOf<W>{};
-      if (p + r >= pairs) continue;
-      const float *x = a.at(2 * (p + r)), *y = b.at(2 * (p + r) + 1);
-      for (int i = 0; i < width; i += W)
-        products[r] = load_lanes<W>(x + i) * load_lanes<W>(y + i) + products[r];
-    }
-    store_lanes<W>(out + p, lane_sums<W>(products));
-  }
-}
-
 }  // namespace
 
-// Six streams of rows at most, the products of pairs, and the gates' scalars where rows share them.
-StepsLoader::StepsLoader(const Memory& memory, int64_t tokens)
+// Room for five streams of rows and one of the backward pass, and for five of scalars.
+StepsLoader::StepsLoader(const Memory& memory, int64_t block)
     : memory_(memory),
       rank_(memory.mem_q.size[3]),
-      block_(min(tokens, kBlock)),
       width_(padded_rank(rank_)),
-      scratch_(6 * (block_ * width_ + kWidth) + 4 * (block_ + 2 * kWidth)) {}
+      scratch_(6 * (block * width_ + kWidth) + 5 * (block + 3 * kWidth)) {}
 
 // Floats of scratch, padded to whole vectors.
 float* StepsLoader::take(int64_t count) {
@@ -104,13 +87,15 @@ Stream StepsLoader::rows(const Tensor& t, int64_t batch, int64_t first, int64_t 
   return {target, width_};
 }
 
-Stream StepsLoader::activated(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head) {
+Stream StepsLoader::activated(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head,
+                              const float** norm) {
   Stream x = rows(t, batch, first, count, head, memory_.qk_activation);
   if (memory_.qk_activation) {
-    float* y = const_cast<float*>(x.data);
+    float *y = const_cast<float*>(x.data), *norms = take(count + kWidth);
     map(y, count * width_, [](F32 v) { return tanh(v); });
     dispatch_rank(width_,
-                  [&](auto lanes, auto) { normalize_rows<decltype(lanes)::value>(y, count, width_); });
+                  [&](auto lanes, auto) { normalize_rows<decltype(lanes)::value>(y, count, width_, norms); });
+    *norm = norms;
   }
   return x;
 }
@@ -147,41 +132,32 @@ Stream StepsLoader::gate(const Tensor& t, const Tensor& bias, int64_t batch, int
   return {target, width_};
 }
 
-// keep, erase and write as streams: the gates' own rows where the rule takes them unchanged.
-void StepsLoader::resolve_gates(Steps& x, int64_t count) {
-  UpdateRule rule = memory_.update_rule;
-  x.write = x.erase = x.beta;
-  x.keep = rule == UpdateRule::no_lambda ? Stream{kOnes, 0} : x.lam;
-  bool makes_keep = x.keep.data == nullptr, makes_erase = rule == UpdateRule::lambda_outside;
-  if (!makes_keep && !makes_erase) return;
-  float* keep = makes_keep ? take(count * width_) : nullptr;
-  float* erase = makes_erase ? take(count * width_) : nullptr;
-  dispatch_rank(width_, [&](auto lanes, auto) {
-    constexpr int W = decltype(lanes)::value;
-    for (int64_t t = 0; t < count; ++t) {
-      for (int i = 0; i < width_; i += W) {
-        RowOf<W> beta = load_lanes<W>(x.beta.at(t) + i);
-        RowOf<W> lam = makes_keep ? 1.0f - beta : load_lanes<W>(x.lam.at(t) + i);
-        Gates<RowOf<W>> g = gates(rule, beta, lam);
-        if (makes_keep) store_lanes<W>(keep + t * width_ + i, g.keep);
-        if (makes_erase) store_lanes<W>(erase + t * width_ + i, g.erase);
-      }
+// The products of pairs among W tokens from t on, of which `count` exist (all W if FULL).
+template <int W, int COLS, bool FULL>
+inline RowOf<W> dot_pairs(const Steps& x, int64_t t, int64_t count) {
+  RowOf<W> products[W];
+#pragma GCC unroll 8
+  for (int r = 0; r < W; r += 2) {
+    products[r] = products[r + 1] = RowOf<W>{};
+    if (!FULL && r + 1 >= count) continue;
+    const float *k = x.k.at(t + r), *next_k = x.k.at(t + r + 1), *next_q = x.q.at(t + r + 1);
+    for (int i = 0; i < (COLS ? COLS : x.width); i += W) {
+      products[r] += load_lanes<W>(k + i) * load_lanes<W>(next_k + i);
+      products[r + 1] += load_lanes<W>(k + i) * load_lanes<W>(next_q + i);
     }
-  });
-  if (makes_keep) x.keep = {keep, width_};
-  if (makes_erase) x.erase = {erase, width_};
+  }
+  return lane_sums<W>(products);
 }
 
 void StepsLoader::multiply_pairs(Steps& x, int64_t count) {
-  int64_t pairs = count / 2;
-  if (pairs == 0) return;
-  float *kk = take(pairs + kWidth), *kq = take(pairs + kWidth);
-  dispatch_rank(width_, [&](auto lanes, auto) {
-    constexpr int W = decltype(lanes)::value;
-    dot_pairs<W>(x.k, x.k, pairs, width_, kk);
-    dot_pairs<W>(x.k, x.q, pairs, width_, kq);
+  float* pairs = take(count + kWidth);
+  dispatch_rank(width_, [&](auto lanes, auto columns) {
+    constexpr int W = decltype(lanes)::value, COLS = decltype(columns)::value;
+    int64_t t = 0;
+    for (; t + W <= count; t += W) store_lanes<W>(pairs + t, dot_pairs<W, COLS, true>(x, t, W));
+    if (t + 1 < count) store_lanes<W>(pairs + t, dot_pairs<W, COLS, false>(x, t, count - t));
   });
-  x.kk = kk, x.kq = kq;
+  x.pairs = pairs;
 }
 
 Steps StepsLoader::load(int64_t batch, int64_t first, int64_t count, int64_t head) {
@@ -189,15 +165,14 @@ Steps StepsLoader::load(int64_t batch, int64_t first, int64_t count, int64_t hea
   used_ = 0;
   Steps x;
   x.width = width_;
-  x.q = activated(m.mem_q, batch, first, count, head);
+  x.q = activated(m.mem_q, batch, first, count, head, &x.q_norm);
   if (!m.write) return x;
-  x.k = activated(m.mem_k, batch, first, count, head);
-  x.v = rows(m.mem_v, batch, first, count, head, false);
+  x.k = activated(m.mem_k, batch, first, count, head, &x.k_norm);
+  x.v = rows(m.mem_v, batch, first, count, head);
   x.beta = gate(m.beta, m.beta_bias, batch, first, count, head);
   if (m.lam && m.update_rule != UpdateRule::no_lambda) {
     x.lam = gate(m.lam, m.lam_bias, batch, first, count, head);
   }
-  resolve_gates(x, count);
   multiply_pairs(x, count);
   return x;
 }

@@ -1,6 +1,6 @@
-// Vectors of one instruction set: F32 (kWidth fp32 lanes) built on compiler vector extensions, so arithmetic is
-// written with operators and `a * b + c` contracts to an FMA (-ffp-contract=fast). Intrinsics stand only where
-// the extensions have no word: half-precision conversion, bf16 dot products, gathers across lanes.
+// Vectors of one instruction set: F32 (kWidth fp32 lanes) built on compiler vector extensions, so arithmetic
+// is written with operators and `a * b + c` contracts to an FMA (-ffp-contract=fast). Intrinsics stand only
+// where the extensions have no word: half-precision conversion, bf16 dot products, gathers across lanes.
 #pragma once
 
 #include <cstdint>
@@ -186,8 +186,8 @@ inline F32 vmax(F32 a, F32 b) { return select(a > b, a, b); }
 inline F32 vmin(F32 a, F32 b) { return select(a < b, a, b); }
 #endif
 
-// Lanes of two vectors by parity, evens a0 a2 .. b0 b2 .. and odds a1 a3 .. b1 b3 .., and back: a0 b0 a1 b1 .. of
-// their lower and of their upper halves.
+// Lanes of two vectors by parity, evens a0 a2 .. b0 b2 .. and odds a1 a3 .. b1 b3 .., and back: a0 b0 a1 b1
+// .. of their lower and of their upper halves.
 template <int... lane>
 struct Lanes {
   static F32 evens(F32 a, F32 b) { return __builtin_shufflevector(a, b, (2 * lane)...); }
@@ -244,7 +244,8 @@ inline float reduce_max(F32 x) {
 #endif
 }
 
-// e^x to about 2 ulp: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2]. exp(-inf) = 0; x > 88.7 saturates; NaN stays.
+// e^x to about 2 ulp: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2]. exp(-inf) = 0; x > 88.7 saturates;
+// NaN stays.
 inline F32 exp(F32 x) {
   const float kLog2e = 1.44269504088896341f, kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   F32 clamped = vmax(vmin(x, broadcast(88.7f)), broadcast(-104.0f));
@@ -269,15 +270,24 @@ inline F32 exp(F32 x) {
 }
 
 inline F32 sigmoid(F32 x) { return 1.0f / (1.0f + exp(-x)); }
-// 1 - 2 / (e^2x + 1) loses digits near 0, where the odd series x - x^3/3 + 2x^5/15 - 17x^7/315 serves.
+// x P(x^2) / Q(x^2), a relative minimax fit with P(0) = Q(0) = 1, as far as fp32 tells tanh from 1: at
+// most 2.7e-7 off, 7e-8 in the mean square. NaN stays.
 inline F32 tanh(F32 x) {
-  F32 square = x * x;
-  F32 series = x + x * square * (-1.0f / 3 + square * (2.0f / 15 - square * (17.0f / 315)));
-  F32 y = 1.0f - 2.0f / (exp(vmin(2.0f * x, broadcast(40.0f))) + 1.0f);
-  return select(square < 0.01f, series, y);
+  const F32 end = broadcast(7.9f);
+  F32 c = vmax(-end, vmin(end, x)), s = c * c;
+  F32 p = s * 1.54896754e-08f + 2.20669698e-05f;
+  p = p * s + 3.58164487e-03f;
+  p = p * s + 1.34528600e-01f;
+  p = p * s + 1.0f;
+  F32 q = s * 8.62373504e-07f + 3.42798688e-04f;
+  q = q * s + 2.62023446e-02f;
+  q = q * s + 4.67861898e-01f;
+  q = q * s + 1.0f;
+  return c * p / q;
 }
 
-// ---- rows of any dtype -------------------------------------------------------------------------------------
+// ---- rows of any dtype
+// -------------------------------------------------------------------------------------
 
 template <class T>
 inline void convert_row(const T* source, float* target, int64_t n) {

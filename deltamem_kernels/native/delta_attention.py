@@ -2,7 +2,7 @@
 
 import torch
 
-from deltamem_kernels.native import _cpu
+from deltamem_kernels import _cpu
 
 
 def delta_attention_fwd(

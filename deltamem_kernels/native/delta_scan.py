@@ -53,6 +53,57 @@ def delta_scan_fwd(
     return reads, final_state, tape
 
 
+def _gradient_of(x, mem_q):
+    return mem_q.new_empty((0,)) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def delta_scan_bwd(
+    dreads,
+    dfinal_state,
+    mem_q,
+    mem_k,
+    mem_v,
+    beta,
+    lam,
+    initial_state,
+    token_mask,
+    cu_seqlens,
+    beta_bias,
+    lam_bias,
+    update_rule,
+    write,
+    use_qk_activation_in_kernel,
+    use_gate_in_kernel,
+    segment_len,
+    tape,
+):
+    inputs = (mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias)
+    gradients = tuple(_gradient_of(x, mem_q) for x in inputs)
+    _cpu.delta_scan_bwd(
+        dreads,
+        dfinal_state,
+        mem_q,
+        mem_k,
+        mem_v,
+        beta,
+        lam,
+        initial_state,
+        token_mask,
+        cu_seqlens,
+        beta_bias,
+        lam_bias,
+        update_rule,
+        write,
+        use_qk_activation_in_kernel,
+        use_gate_in_kernel,
+        segment_len or SEGMENT_LEN,
+        tape,
+        *(None if x is None else d for x, d in zip(inputs, gradients, strict=True)),
+        torch.get_num_threads(),
+    )
+    return gradients
+
+
 def delta_scan_with_state_pool(
     mem_q,
     mem_k,

@@ -1,0 +1,181 @@
+// The scan's backward kernels. Per row i of S, with s = s_{t-1,i}, g = dS_t,i, a = s.k_t, h = g.k_t:
+//   dkeep = g.s    derase = -a h    dwrite = v h    dv = write h    dq = sum_i dr_i s
+//   dk = sum_i (write v - erase a) g - erase h s    g_{t-1} = keep g - erase h k_t + dr q_t
+#include "cpu/scan_kernel.h"
+
+namespace deltamem::DELTAMEM_ISA {
+namespace {
+
+// W rows of the state, from row `row` on; two tokens a turn, as the forward pass.
+template <UpdateRule RULE, bool COUPLED, int W, int COLS>
+void replay_rows(float* state, const Steps& steps, int row, int64_t count, float* history, float* recalled) {
+  using V = RowOf<W>;
+  const Steps x = steps;
+  const int cols = COLS ? COLS : x.width, width = cols;
+  V s[COLS ? COLS : kMaxRank];
+#pragma GCC unroll 16
+  for (int j = 0; j < cols; ++j) s[j] = load_lanes<W>(state + j * width + row);
+  history += row, recalled += row;
+
+  // s <- s after a token that writes u, once the state before it is stored
+  auto step = [&](int64_t t, V u, V keep) {
+    const float* k = x.k.at(t);
+    float* before = history + t * width * width;
+#pragma GCC unroll 16
+    for (int j = 0; j < cols; ++j) {
+      store_lanes<W>(before + j * width, s[j]);
+      s[j] = u * k[j] + keep * s[j];
+    }
+  };
+  int64_t t = 0;
+  for (; t + 2 <= count; t += 2) {
+    V a[2];
+    multiply<W, COLS, 2>(s, cols, {x.k.at(t), x.k.at(t + 1)}, a);
+    auto w0 = write_of<RULE, COUPLED, W>(x, t, row), w1 = write_of<RULE, COUPLED, W>(x, t + 1, row);
+    V u0 = fma<W>(-w0.erase, a[0], w0.write * w0.v);
+    V a1 = fma<W>(u0, broadcast_lanes<W>(x.pairs[t]), w0.keep * a[1]);
+    V u1 = fma<W>(-w1.erase, a1, w1.write * w1.v);
+    store_lanes<W>(recalled + t * width, a[0]);
+    store_lanes<W>(recalled + (t + 1) * width, a1);
+    step(t, u0, w0.keep);
+    step(t + 1, u1, w1.keep);
+  }
+  if (t < count) {
+    V a[1];
+    multiply<W, COLS, 1>(s, cols, {x.k.at(t)}, a);
+    auto w = write_of<RULE, COUPLED, W>(x, t, row);
+    store_lanes<W>(recalled + t * width, a[0]);
+    step(t, fma<W>(-w.erase, a[0], w.write * w.v), w.keep);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < cols; ++j) store_lanes<W>(state + j * width + row, s[j]);
+}
+
+// All rows: dq and dk are sums over them.
+template <UpdateRule RULE, bool COUPLED, int W, int COLS>
+void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float* history,
+                  const float* recalled, const Stream& dreads, const StepGradients& out) {
+  using V = RowOf<W>;
+  constexpr int kGroups = COLS ? COLS / W : kMaxRank / W;
+  const Steps x = steps;
+  const int cols = COLS ? COLS : x.width, groups = cols / W, width = cols;
+  V g[kGroups][COLS ? COLS : kMaxRank];
+#pragma GCC unroll 2
+  for (int i = 0; i < groups; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < cols; ++j) g[i][j] = load_lanes<W>(dstate + j * width + i * W);
+  }
+  for (int64_t t = count - 1; t >= 0; --t) {
+    const float *k = x.k.at(t), *q = x.q.at(t), *s = history + t * width * width;
+    V keep[kGroups], u[kGroups], taken[kGroups], dr[kGroups];  // taken = erase h
+#pragma GCC unroll 2
+    for (int i = 0; i < groups; ++i) {
+      const int row = i * W;
+      V h[1], a = load_lanes<W>(recalled + t * width + row);
+      multiply<W, COLS, 1>(g[i], cols, {k}, h);
+      auto w = write_of<RULE, COUPLED, W>(x, t, row);
+      keep[i] = w.keep, taken[i] = w.erase * h[0], u[i] = w.write * w.v - w.erase * a;
+      dr[i] = load_lanes<W>(dreads.at(t) + row);
+      V dkeep = V{}, odd = V{};
+#pragma GCC unroll 16
+      for (int j = 0; j < cols; j += 2) {
+        dkeep = g[i][j] * load_lanes<W>(s + j * width + row) + dkeep;
+        odd = g[i][j + 1] * load_lanes<W>(s + (j + 1) * width + row) + odd;
+      }
+      dkeep += odd;
+      store_lanes<W>(out.v.at(t) + row, w.write * h[0]);
+      V lam = COUPLED ? w.keep : load_lanes<W>(x.lam.at(t) + row);
+      auto d = gates_bwd(RULE, COUPLED, Gates<V>{dkeep, -a * h[0], w.v * h[0]}, w.write, lam);
+      store_lanes<W>(out.beta.at(t) + row, d.beta);
+      if (!COUPLED) store_lanes<W>(out.lam.at(t) + row, d.lam);
+    }
+#pragma GCC unroll 2
+    for (int block = 0; block < groups; ++block) {
+      const int column = block * W;
+      V sums[W];
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) {
+        sums[c] = dr[0] * load_lanes<W>(s + (column + c) * width);
+#pragma GCC unroll 2
+        for (int i = 1; i < groups; ++i) {
+          sums[c] = dr[i] * load_lanes<W>(s + (column + c) * width + i * W) + sums[c];
+        }
+      }
+      store_lanes<W>(out.q.at(t) + column, lane_sums<W>(sums));
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) {
+        sums[c] = u[0] * g[0][column + c] - taken[0] * load_lanes<W>(s + (column + c) * width);
+#pragma GCC unroll 2
+        for (int i = 1; i < groups; ++i) {
+          sums[c] = u[i] * g[i][column + c] + sums[c];
+          sums[c] = sums[c] - taken[i] * load_lanes<W>(s + (column + c) * width + i * W);
+        }
+      }
+      store_lanes<W>(out.k.at(t) + column, lane_sums<W>(sums));
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < groups; ++i) {
+#pragma GCC unroll 16
+      for (int j = 0; j < cols; ++j) {
+        g[i][j] = fma<W>(-taken[i], broadcast_lanes<W>(k[j]),
+                         fma<W>(dr[i], broadcast_lanes<W>(q[j]), keep[i] * g[i][j]));
+      }
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < groups; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < cols; ++j) store_lanes<W>(dstate + j * width + i * W, g[i][j]);
+  }
+}
+
+template <int W>
+void reverse_reads(float* dstate, const Steps& x, int64_t count, const float* state, const Stream& dreads,
+                   const StepGradients& out) {
+  const int width = x.width;
+  for (int64_t t = 0; t < count; ++t) {
+    const float *q = x.q.at(t), *dr = dreads.at(t);
+    for (int block = 0; block < width; block += W) {
+      RowOf<W> dq[W] = {};
+      for (int c = 0; c < W; ++c) {
+        const int64_t column = (block + c) * width;
+        for (int row = 0; row < width; row += W) {
+          RowOf<W> d = load_lanes<W>(dr + row), g = load_lanes<W>(dstate + column + row);
+          dq[c] = d * load_lanes<W>(state + column + row) + dq[c];
+          store_lanes<W>(dstate + column + row, d * q[block + c] + g);
+        }
+      }
+      store_lanes<W>(out.q.at(t) + block, lane_sums<W>(dq));
+    }
+  }
+}
+
+}  // namespace
+
+void replay(UpdateRule rule, float* state, const Steps& steps, int64_t count, float* history,
+            float* recalled) {
+  dispatch_kernel(rule, steps, [&](auto rule, auto coupled, auto lanes, auto columns) {
+    constexpr int W = decltype(lanes)::value;
+    for (int row = 0; row < steps.width; row += W) {
+      replay_rows<UpdateRule(rule.value), coupled.value, W, columns.value>(state, steps, row, count, history,
+                                                                           recalled);
+    }
+  });
+}
+
+void reverse(UpdateRule rule, float* dstate, const Steps& steps, int64_t count, const float* history,
+             const float* recalled, const Stream& dreads, const StepGradients& out) {
+  dispatch_kernel(rule, steps, [&](auto rule, auto coupled, auto lanes, auto columns) {
+    reverse_rows<UpdateRule(rule.value), coupled.value, lanes.value, columns.value>(
+        dstate, steps, count, history, recalled, dreads, out);
+  });
+}
+
+void reverse_read_only(float* dstate, const Steps& steps, int64_t count, const float* state,
+                       const Stream& dreads, const StepGradients& out) {
+  dispatch_rank(steps.width, [&](auto lanes, auto) {
+    reverse_reads<lanes.value>(dstate, steps, count, state, dreads, out);
+  });
+}
+
+}  // namespace deltamem::DELTAMEM_ISA

@@ -1,0 +1,187 @@
+"""Compiles Triton kernels for GPUs that are not there, and says what came out of it.
+
+``python lowering.py`` prints a table of every kernel and configuration that the launchers can pick, on every
+target; ``--sample`` those of one target per configuration, in turn; ``--json`` as one JSON object per line.
+Arguments are parts of names: only configurations that contain one of them. Must run without TRITON_INTERPRET.
+"""
+
+import argparse
+import importlib.util
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+MODULES = ("delta_scan", "delta_prep", "delta_attention", "delta_decode", "delta_output")
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+# bytes of shared memory that one block may have
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+SHARED_LIMIT = {target: kib * 1024 for target, kib in SHARED_LIMIT.items()}
+
+# Modules whose arithmetic is fp32 FMA, whose products belong on tensor cores, whose time is memory's.
+EXACT = ("delta_scan", "delta_prep", "delta_output")
+PRODUCTS = ("delta_attention", "delta_decode")
+STREAMING = ("delta_prep", "delta_output")
+HALF, MAIN = re.compile(r" (bf16|fp16) "), re.compile(r"^(attention|decode|prep|output)_\w*kernel .*")
+MAY_SPILL: dict[str, tuple[str, ...]] = {}  # part of a name -> targets on which it may
+SAMPLE = 7  # configurations per module that a test run compiles
+
+# what a table row counts in a kernel's assembly
+INSTRUCTIONS = {
+    "wgmma": r"wgmma\.mma_async",
+    "mma": r"\b(?:mma\.sync|v_mfma_)",
+    "tcgen05": r"tcgen05\.mma",
+    "tf32": r"\.tf32\b|_xf32",
+    "ld16": r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|cp\.async\.c[ag][\w.:]* \[[^]]*\], \[[^]]*\], (?:0x10|16)"
+    r"|cp\.async\.bulk|(?:global|buffer)_load_dwordx4",
+    "st16": r"st\.global[\w.:]*\.(?:v4\.b32|v2\.b64)|(?:global|buffer)_store_dwordx4",
+    "atomic": r"\b(?:atom|red)\.global|(?:global|buffer)_atomic",
+}
+
+
+def _lowerings(module):
+    return importlib.import_module(f"deltamem_kernels.triton_ops.{module}").lowerings()
+
+
+def configurations(wanted=()):
+    """(module, index, name) of every lowering whose name contains one of wanted."""
+    for module in MODULES:
+        if importlib.util.find_spec(f"deltamem_kernels.triton_ops.{module}") is None:
+            continue
+        for index, (name, *_) in enumerate(_lowerings(module)):
+            if not wanted or any(part in f"{module} {name}" for part in wanted):
+                yield module, index, name
+
+
+def compiled(module, index, target):
+    """One configuration compiled for one target, as a row of the table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    name, kernel, signature, constexprs, options = next(x for i, x in enumerate(_lowerings(module)) if i == index)
+    row = {"module": module, "name": name, "target": target}
+    # pointers are those of fresh tensors, integers that launches specialise on are strides: both multiples of 16
+    free = {p.name for p in kernel.params if p.do_not_specialize}
+    aligned = [
+        (i,)
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind in ("i32", "i64") and argument not in free)
+    ]
+    attrs = {path: [["tt.divisibility", 16]] for path in aligned}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    try:
+        binary = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(options))
+    except Exception as error:  # a row of its own, so that the table shows all that fail
+        return row | {"error": f"{type(error).__name__}: {error}"[:2000]}
+    assembly = binary.asm["amdgcn" if target.startswith("gfx") else "ptx"]
+    counts = {word: len(re.findall(pattern, assembly)) for word, pattern in INSTRUCTIONS.items()}
+    used = _amd_usage(assembly) if target.startswith("gfx") else _nvidia_usage(binary.asm["cubin"], triton)
+    return row | used | {"shared": binary.metadata.shared, "warps": binary.metadata.num_warps} | counts
+
+
+def _nvidia_usage(cubin, triton):
+    """Registers per thread and bytes of local memory (stack and spills) per thread."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
+    return {"registers": registers, "spills": stack + local}
+
+
+def _amd_usage(assembly):
+    """Vector registers per lane and those that spilled."""
+    count, spilled = (int(re.search(rf"\.{word}:\s+(\d+)", assembly)[1]) for word in ("vgpr_count", "vgpr_spill_count"))
+    return {"registers": count, "spills": spilled}
+
+
+def faults(row):
+    """What is wrong with a row, in words."""
+    if "error" in row:
+        yield row["error"]
+        return
+    nvidia, module, name, limit = (
+        row["target"].startswith("sm_"),
+        row["module"],
+        row["name"],
+        SHARED_LIMIT[row["target"]],
+    )
+    if row["spills"] and not any(part in name and row["target"] in targets for part, targets in MAY_SPILL.items()):
+        yield f"spills {row['spills']}"
+    if row["shared"] > limit:
+        yield f"{row['shared']} bytes of shared memory, {row['target']} has {limit}"
+    if row["tf32"] or row["atomic"]:
+        yield f"{row['tf32']} TF32 instructions and {row['atomic']} atomics, where results must be exact and repeatable"
+    products = row["wgmma"] + row["mma"] + row["tcgen05"]
+    if module in EXACT and products:
+        yield f"{products} tensor-core instructions in fp32 arithmetic"
+    if module in PRODUCTS and HALF.search(name) and MAIN.search(name) and not products:
+        yield "no tensor-core instructions"
+    if name.startswith("attention_fwd") and HALF.search(name) and row["target"] == "sm_90" and not row["wgmma"]:
+        yield "no wgmma"
+    if module in STREAMING and nvidia and MAIN.search(name) and not row["ld16"]:
+        yield "no 16-byte loads"
+
+
+def jobs(sample, targets, wanted):
+    """(module, index, target) to compile. A sample takes SAMPLE configurations, evenly over the list of each
+    module, and gives them the targets in turn."""
+    by_module = {}
+    for module, index, _ in configurations(wanted):
+        by_module.setdefault(module, []).append(index)
+    for module, indices in by_module.items():
+        step = max(1, len(indices) // SAMPLE) if sample else 1
+        for n, index in enumerate(indices[::step]):
+            for target in [targets[n % len(targets)]] if sample else targets:
+                yield module, index, target
+
+
+def rows(sample=False, targets=tuple(TARGETS), wanted=(), processes=2):
+    """Table rows, compiled by a few processes with an empty cache."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            yield from pool.imap(_compiled, jobs(sample, targets, wanted), chunksize=1)
+
+
+def _compiled(job):
+    return compiled(*job)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("wanted", nargs="*")
+    parser.add_argument("--sample", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--target", action="append", choices=TARGETS)
+    args = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("lowering.py: TRITON_INTERPRET must be unset, got 1: interpreted kernels do not compile")
+    columns = ("registers", "spills", "shared", "warps", *INSTRUCTIONS)
+    if not args.json:
+        print(f"{'kernel':78}{'target':8}", *(f"{column:>9}" for column in columns))
+    failed = 0
+    for row in rows(args.sample, tuple(args.target or TARGETS), args.wanted):
+        failed += "error" in row
+        if args.json:
+            print(json.dumps(row), flush=True)
+        else:
+            figures = row.get("error") or " ".join(f"{row[column]:>9}" for column in columns)
+            print(f"{row['name']:78}{row['target']:8}", figures, flush=True)
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
