@@ -78,12 +78,20 @@ def compiled(module, index, target):
         x for i, x in enumerate(_lowerings(module, target)) if i == index
     )
     row = {"module": module, "name": name, "target": target}
-    # pointers are those of fresh tensors, integers that launches specialise on are strides: both multiples of 16
+    # Pointers are those of fresh tensors, integers that launches specialise on are strides: both multiples of 16.
+    # A tuple is a tensor with its own strides, of which nothing is known.
     free = {p.name for p in kernel.params if p.do_not_specialize}
     aligned = [
         (i,)
         for i, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind in ("i32", "i64") and argument not in free)
+        if isinstance(kind, str) and (kind.startswith("*") or (kind in ("i32", "i64") and argument not in free))
+    ]
+    aligned += [
+        (i, j)
+        for i, kinds in enumerate(signature.values())
+        if isinstance(kinds, tuple)
+        for j, kind in enumerate(kinds)
+        if kind.startswith("*")
     ]
     attrs = {path: [["tt.divisibility", 16]] for path in aligned}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
