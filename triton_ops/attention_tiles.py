@@ -30,7 +30,7 @@ def small_shared(capability: tuple[int, int]) -> bool:
     return capability[1] in (6, 9) or capability[0] == 12
 
 
-def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> Tile:
+def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None, masked: bool = False) -> Tile:
     """Shared memory holds q [BM, D] and num_stages blocks of k and of v [BN, D].
 
     The largest tiles whose accumulator [BM, D], scores [BM, BN] and slice of q fit a thread's 255 registers.
@@ -43,7 +43,8 @@ def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None)
         return Tile(128, 64, 4, 1) if D <= 128 else Tile(64, 32, 4, 1)
     if capability[0] == 9:
         # two warpgroups of 64 queries; D = 256 leaves 64 queries, and the warpgroups halve the keys
-        return Tile(128, 128, 8, 3) if D <= 64 else Tile(128, 128, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
+        keys = 64 if masked else 128  # a token mask's bits take registers of the loop
+        return Tile(128, 128, 8, 3) if D <= 64 else Tile(128, keys, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
     if capability[0] == 10:
         return Tile(128, 64, 8, 3) if D <= 64 else Tile(128, 64, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
     if small_shared(capability):
@@ -64,7 +65,7 @@ def backward_tiles(D: int, dtype: torch.dtype, capability: tuple[int, int] | Non
         return (Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)) if D <= 128 else (Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
     if capability[0] in (9, 10):
         if D <= 64:
-            return Tile(32, 128, 8, 2), Tile(128, 128, 8, 2)
+            return Tile(32, 128, 8, 2), Tile(128, 128 if capability[0] == 9 else 64, 8, 2)
         if capability[0] == 10:
             return (Tile(32, 64, 8, 1), Tile(128, 64, 8, 2)) if D <= 128 else (Tile(16, 32, 8, 1), Tile(64, 32, 8, 2))
         return (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)) if D <= 128 else (Tile(16, 64, 8, 2), Tile(64, 32, 8, 2))

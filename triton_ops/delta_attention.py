@@ -291,7 +291,7 @@ def delta_attention_fwd(
         prologue = (reads, delta_q, q_norm_weight, norm_eps, rotary_cos, rotary_sin, rotary_interleaved, positions)
         rows = (token_mask, cu_seqlens, max_seqlen)
         softmax = (softmax_scale, causal, window_left, window_right, softcap)
-        tile = tile or forward_tile(D, q.dtype, capability(q.device))
+        tile = tile or forward_tile(D, q.dtype, capability(q.device), token_mask is not None)
         _launch(q, k, v, out, lse, prologue, rows, (None, None, None), None, False, softmax, 1, tile)
     return out, lse
 
@@ -358,7 +358,7 @@ def _lowered(name, D, dtype, device, packed=False, masked=False, left=-1, softca
     mask = meta(1, T, dtype=torch.bool) if masked else None
     rows = (mask, meta(9, dtype=torch.int32) if packed else None, 0)
     softmax = (D**-0.5, True, left, -1, softcap)
-    forward = functools.partial(delta_attention_fwd, tile=forward_tile(D, dtype, device))
+    forward = functools.partial(delta_attention_fwd, tile=forward_tile(D, dtype, device, masked))
     if page is None:
         yield from launches(name, forward, q, k, v, *prologue, *rows, *softmax)
         backward = functools.partial(delta_attention_bwd, tiles=backward_tiles(D, dtype, device))
