@@ -7,6 +7,7 @@ Arguments are parts of names: only configurations that contain one of them. Must
 
 import argparse
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -35,7 +36,7 @@ PRODUCTS = ("delta_attention", "delta_decode")
 STREAMING = ("delta_prep", "delta_output")
 HALF, MAIN = re.compile(r" (bf16|fp16) "), re.compile(r"^(attention|decode|prep|output)_\w*kernel .*")
 MAY_SPILL: dict[str, tuple[str, ...]] = {}  # part of a name -> targets on which it may
-SAMPLE = 7  # configurations per module that a test run compiles
+SAMPLE = 8  # configurations per module that a test run compiles
 
 # what a table row counts in a kernel's assembly
 INSTRUCTIONS = {
@@ -50,18 +51,11 @@ INSTRUCTIONS = {
 }
 
 
-def _lowerings(module):
-    return importlib.import_module(f"deltamem_kernels.triton_ops.{module}").lowerings()
-
-
-def configurations(wanted=()):
-    """(module, index, name) of every lowering whose name contains one of wanted."""
-    for module in MODULES:
-        if importlib.util.find_spec(f"deltamem_kernels.triton_ops.{module}") is None:
-            continue
-        for index, (name, *_) in enumerate(_lowerings(module)):
-            if not wanted or any(part in f"{module} {name}" for part in wanted):
-                yield module, index, name
+def lowerings(module, target):
+    """What the module's launchers pick; where that depends on the device, lowerings takes its compute capability."""
+    found = importlib.import_module(f"deltamem_kernels.triton_ops.{module}").lowerings
+    major_minor = divmod(TARGETS[target][1], 10) if target.startswith("sm_") else (0, 0)
+    return found(major_minor) if inspect.signature(found).parameters else found()
 
 
 def compiled(module, index, target):
@@ -69,7 +63,8 @@ def compiled(module, index, target):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    name, kernel, signature, constexprs, options = next(x for i, x in enumerate(_lowerings(module)) if i == index)
+    configuration = next(x for i, x in enumerate(lowerings(module, target)) if i == index)
+    name, kernel, signature, constexprs, options = configuration
     row = {"module": module, "name": name, "target": target}
     # pointers are those of fresh tensors, integers that launches specialise on are strides: both multiples of 16
     free = {p.name for p in kernel.params if p.do_not_specialize}
@@ -136,16 +131,17 @@ def faults(row):
 
 
 def jobs(sample, targets, wanted):
-    """(module, index, target) to compile. A sample takes SAMPLE configurations, evenly over the list of each
-    module, and gives them the targets in turn."""
-    by_module = {}
-    for module, index, _ in configurations(wanted):
-        by_module.setdefault(module, []).append(index)
-    for module, indices in by_module.items():
-        step = max(1, len(indices) // SAMPLE) if sample else 1
-        for n, index in enumerate(indices[::step]):
-            for target in [targets[n % len(targets)]] if sample else targets:
-                yield module, index, target
+    """(module, index, target) to compile; a sample takes about SAMPLE of each module, evenly over all of them."""
+    for module in MODULES:
+        if importlib.util.find_spec(f"deltamem_kernels.triton_ops.{module}") is None:
+            continue
+        found = [
+            (module, index, target)
+            for target in targets
+            for index, (name, *_) in enumerate(lowerings(module, target))
+            if not wanted or any(part in f"{module} {name}" for part in wanted)
+        ]
+        yield from found[:: max(1, len(found) // SAMPLE) if sample else 1]
 
 
 def rows(sample=False, targets=tuple(TARGETS), wanted=(), processes=2):
