@@ -114,8 +114,9 @@ def scan_loop(mem_q, mem_k, mem_v, beta, state=None):
         batch, _, heads, rank = mem_q.shape
         state = mem_q.new_zeros(batch, heads, rank, rank)
     reads = []
-    for token in range(mem_q.shape[1]):
-        read, state = scan_token(state, mem_q[:, token], mem_k[:, token], mem_v[:, token], beta[:, token])
+    # unbind, not indexing: the gradient of an index is a tensor of all tokens
+    for token in zip(*(x.unbind(1) for x in (mem_q, mem_k, mem_v, beta)), strict=True):
+        read, state = scan_token(state, *token)
         reads.append(read)
     return torch.stack(reads, 1), state
 

@@ -14,7 +14,7 @@ import deltamem_kernels as dm
 from deltamem_kernels.ops import ROOMS, SCHEMAS
 
 LIMIT_US = 15.0
-CALLS_PER_SAMPLE = 200
+CALLS_PER_SAMPLE = 20  # a sample much shorter than a time slice of the scheduler
 HEADS, KV_HEADS, DIM, RANK, HIDDEN, CONTEXT = 32, 8, 128, 8, 2560, 64
 
 

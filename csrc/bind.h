@@ -39,7 +39,8 @@ inline Tensor tensor_from(PyObject* object, int32_t device_type) {
     throw pybind11::error_already_set();
   }
   if (lent.device.device_type != device_type || lent.ndim > 5) {
-    throw pybind11::value_error("deltamem_kernels: a tensor must be on the kernel's device and have at most 5 dimensions");
+    throw pybind11::value_error(
+        "deltamem_kernels: a tensor must be on the kernel's device and have at most 5 dimensions");
   }
   static char nothing;  // an empty tensor may have no storage, and is not an absent one
   Tensor t;

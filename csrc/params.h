@@ -78,17 +78,17 @@ struct DeltaScanPoolParams {
 };
 
 struct DeltaScanBwdParams {
-  DeltaScanParams fwd;           // reads and final_state unset; tape as saved by the forward pass
-  Tensor dreads, dfinal_state;   // optional: 0
+  DeltaScanParams fwd;          // reads and final_state unset; tape as saved by the forward pass
+  Tensor dreads, dfinal_state;  // optional: 0
   Tensor dmem_q, dmem_k, dmem_v, dbeta, dlam;  // as their inputs
   Tensor dinitial_state;                       // [B or N, H, R, R] fp32
   Tensor dbeta_bias, dlam_bias;                // [H, R or 1] fp32
 };
 
 struct DeltaPrepParams {
-  Tensor q, k, v;              // [B, T, heads, D], each optional
-  Tensor reads;                // [B, T, H, R] fp32, optional
-  Correction on_q, on_k, on_v; // on_v.norm is never set
+  Tensor q, k, v;               // [B, T, heads, D], each optional
+  Tensor reads;                 // [B, T, H, R] fp32, optional
+  Correction on_q, on_k, on_v;  // on_v.norm is never set
   float norm_eps = 1e-6f;
   Rotary rotary;
   Rows rows;
@@ -126,8 +126,8 @@ struct DeltaAttentionParams {
 struct DeltaAttentionCacheParams {
   DeltaAttentionParams attention;  // k and v unset
   Cache cache;
-  Tensor state_indices;  // [B or N] int32, optional: < 0 is padding
-  bool appended = false; // this call's keys stand at cache_seqlens + i
+  Tensor state_indices;   // [B or N] int32, optional: < 0 is padding
+  bool appended = false;  // this call's keys stand at cache_seqlens + i
   int64_t num_splits = 0;
 };
 
@@ -140,9 +140,9 @@ struct DeltaAttentionBwdParams {
 
 struct DeltaDecodeParams {
   DeltaAttentionCacheParams attention;
-  Memory memory;       // mem_q absent: no memory
+  Memory memory;  // mem_q absent: no memory
   StatePool pool;
-  Tensor k, v;         // [B, T, HKV, D], optional: nothing is appended
+  Tensor k, v;  // [B, T, HKV, D], optional: nothing is appended
   Correction on_k, on_v;
 };
 

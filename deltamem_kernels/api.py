@@ -102,9 +102,11 @@ def delta_scan(
         debug.cu_seqlens("delta_scan", cu_seqlens, mem_q.shape[1], None)
     memory = Memory(*memory_4d(mem_q, mem_k, mem_v, beta, lam), beta_bias, lam_bias)
     if _needs_grad(*memory, initial_state):
-        results = autograd.DeltaScan.apply(plan.backend, scan, token_mask, cu_seqlens, initial_state, *memory)
+        results = autograd.DeltaScan.apply(
+            key is not None, plan.backend, scan, token_mask, cu_seqlens, initial_state, *memory
+        )
     else:
-        kernels = plans.kernels(key, plan.backend)
+        kernels = plans.kernels(key is not None, plan.backend)
         results = fused.scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, False)[:2]
     return DeltaScanOutput(*results)
 
@@ -215,11 +217,11 @@ def fused_delta_attention(
     if _needs_grad(q, k, v, *memory_inputs, initial_state, *weights, *tables):
         return FusedDeltaAttentionOutput(
             *autograd.FusedDeltaAttention.apply(
-                plan.backend, scan, norm_eps, rotary_interleaved, softmax, max_seqlen, token_mask, cu_seqlens,
-                positions, q, k, v, *weights, *tables, initial_state, *(memory or (None,) * 7),
+                key is not None, plan.backend, scan, norm_eps, rotary_interleaved, softmax, max_seqlen, token_mask,
+                cu_seqlens, positions, q, k, v, *weights, *tables, initial_state, *(memory or (None,) * 7),
             )
         )  # fmt: skip
-    kernels = plans.kernels(key, plan.backend)
+    kernels = plans.kernels(key is not None, plan.backend)
     reads = final_state = None
     if memory is not None:
         reads, final_state, _ = fused.scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, False)
@@ -295,11 +297,11 @@ def delta_output(
         plans.remember(key, plan)
     (reads,) = memory_4d(reads)
     inputs = (attn_proj, reads, delta_o, rms_weight, residual)
-    kernels = plans.kernels(key, plan.backend)
+    kernels = plans.kernels(key is not None, plan.backend)
     if out is not None:
         validation.inference_only("delta_output with out", "delta_output without it", *inputs, out)
         kernels["delta_output_out"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual, out)
         return out
     if _needs_grad(*inputs):
-        return autograd.DeltaOutput.apply(plan.backend, rms_eps, *inputs)
+        return autograd.DeltaOutput.apply(key is not None, plan.backend, rms_eps, *inputs)
     return kernels["delta_output_fwd"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual)

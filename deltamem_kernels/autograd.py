@@ -1,10 +1,13 @@
-"""What each differentiable function saves, and which backward ops run. The ops know nothing of autograd."""
+"""What each differentiable function saves, and which backward ops run. The ops know nothing of autograd.
+
+``direct``: whether the call has a signature (``plans.kernels``).
+"""
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from deltamem_kernels import fused
-from deltamem_kernels.ops import OVERLOADS
+from deltamem_kernels.plans import kernels
 
 
 def _given(grads, inputs):
@@ -12,15 +15,20 @@ def _given(grads, inputs):
     return [None if x is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
+def _dense(*cotangents):
+    """Cotangents as ops take tensors: of a sum, say, they come expanded along their last dimension."""
+    return [g if g is None or g.stride(-1) == 1 else g.contiguous() for g in cotangents]
+
+
 class DeltaScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, scan, token_mask, cu_seqlens, initial_state, *memory):
+    def forward(ctx, direct, backend, scan, token_mask, cu_seqlens, initial_state, *memory):
         memory = fused.Memory(*memory)
         ctx.set_materialize_grads(False)
         reads, final_state, tape = fused.scan_forward(
-            OVERLOADS[backend], memory, scan, initial_state, token_mask, cu_seqlens, True
+            kernels(direct, backend), memory, scan, initial_state, token_mask, cu_seqlens, True
         )
-        ctx.backend, ctx.scan = backend, scan
+        ctx.direct, ctx.backend, ctx.scan = direct, backend, scan
         ctx.save_for_backward(token_mask, cu_seqlens, initial_state, tape, *memory)
         return reads, final_state
 
@@ -29,16 +37,25 @@ class DeltaScan(torch.autograd.Function):
     def backward(ctx, dreads, dfinal_state):
         token_mask, cu_seqlens, initial_state, tape, *memory = ctx.saved_tensors
         if dreads is None and dfinal_state is None:
-            return (None,) * 12
-        grads = _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state)
-        return None, None, None, None, *grads
+            return (None,) * 13
+        cotangents = _dense(dreads, dfinal_state)
+        grads = _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, *cotangents)
+        return *(None,) * 5, *grads
 
 
 def _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state):
     """-> gradients of (initial_state, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias)"""
     mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias = memory
     grads = fused.scan_backward(
-        OVERLOADS[ctx.backend], memory, ctx.scan, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state
+        kernels(ctx.direct, ctx.backend),
+        memory,
+        ctx.scan,
+        initial_state,
+        token_mask,
+        cu_seqlens,
+        tape,
+        dreads,
+        dfinal_state,
     )
     inputs = (mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias)
     dq, dk, dv, dbeta, dlam, dstate, dbeta_bias, dlam_bias = _given(grads, inputs)
@@ -50,9 +67,9 @@ class FusedDeltaAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, backend, scan, norm_eps, rotary_interleaved, softmax, max_seqlen, token_mask, cu_seqlens, positions,
-        q, k, v, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, rotary_cos, rotary_sin, initial_state,
-        *memory,
+        ctx, direct, backend, scan, norm_eps, rotary_interleaved, softmax, max_seqlen, token_mask, cu_seqlens,
+        positions, q, k, v, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, rotary_cos, rotary_sin,
+        initial_state, *memory,
     ):  # fmt: skip
         ctx.set_materialize_grads(False)
         fix = fused.Corrections(
@@ -62,11 +79,12 @@ class FusedDeltaAttention(torch.autograd.Function):
         reads = final_state = tape = None
         if memory[0] is not None:
             reads, final_state, tape = fused.scan_forward(
-                OVERLOADS[backend], fused.Memory(*memory), scan, initial_state, token_mask, cu_seqlens, True
+                kernels(direct, backend), fused.Memory(*memory), scan, initial_state, token_mask, cu_seqlens, True
             )
         rows = fused.Rows(token_mask, cu_seqlens, max_seqlen)
-        out, lse, k_prep, v_prep = fused.attention_forward(OVERLOADS[backend], q, k, v, reads, fix, rows, softmax)
-        ctx.backend, ctx.scan, ctx.softmax, ctx.max_seqlen = backend, scan, softmax, max_seqlen
+        out, lse, k_prep, v_prep = fused.attention_forward(kernels(direct, backend), q, k, v, reads, fix, rows, softmax)
+        ctx.direct, ctx.backend, ctx.scan = direct, backend, scan
+        ctx.softmax, ctx.max_seqlen = softmax, max_seqlen
         ctx.norm_eps, ctx.rotary_interleaved = norm_eps, rotary_interleaved
         ctx.mark_non_differentiable(lse)
         ctx.save_for_backward(
@@ -82,6 +100,7 @@ class FusedDeltaAttention(torch.autograd.Function):
             token_mask, cu_seqlens, positions, q, k, v, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight,
             rotary_cos, rotary_sin, initial_state, k_prep, v_prep, out, lse, reads, tape, *memory,
         ) = ctx.saved_tensors  # fmt: skip
+        dout, dreads, dfinal_state = _dense(dout, dreads, dfinal_state)
         attention_grads = [None] * 11
         if dout is not None:
             fix = fused.Corrections(
@@ -90,7 +109,7 @@ class FusedDeltaAttention(torch.autograd.Function):
             )  # fmt: skip
             rows = fused.Rows(token_mask, cu_seqlens, ctx.max_seqlen)
             attention_grads = fused.attention_backward(
-                OVERLOADS[ctx.backend], dout, q, k, v, k_prep, v_prep, reads, fix, rows, ctx.softmax, out, lse
+                kernels(ctx.direct, ctx.backend), dout, q, k, v, k_prep, v_prep, reads, fix, rows, ctx.softmax, out, lse
             )
         dq, dk, dv, dreads_prep, *dfix = attention_grads
         if dreads_prep is not None:
@@ -98,21 +117,22 @@ class FusedDeltaAttention(torch.autograd.Function):
         scan_grads = [None] * 8
         if dreads is not None or dfinal_state is not None:
             scan_grads = _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state)
-        return (*[None] * 9, dq, dk, dv, *dfix, *scan_grads)
+        return (*[None] * 10, dq, dk, dv, *dfix, *scan_grads)
 
 
 class DeltaOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, rms_eps, attn_proj, reads, delta_o, rms_weight, residual):
-        ctx.backend, ctx.rms_eps = backend, rms_eps
+    def forward(ctx, direct, backend, rms_eps, attn_proj, reads, delta_o, rms_weight, residual):
+        ctx.direct, ctx.backend, ctx.rms_eps = direct, backend, rms_eps
         ctx.save_for_backward(reads, delta_o, rms_weight)
-        return OVERLOADS[backend]["delta_output_fwd"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual)
+        return kernels(direct, backend)["delta_output_fwd"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         reads, delta_o, rms_weight = ctx.saved_tensors
-        grads = OVERLOADS[ctx.backend]["delta_output_bwd"](dy, reads, delta_o, rms_weight, ctx.rms_eps)
+        (dy,) = _dense(dy)
+        grads = kernels(ctx.direct, ctx.backend)["delta_output_bwd"](dy, reads, delta_o, rms_weight, ctx.rms_eps)
         dreads, ddelta_o, drms_weight = _given(grads, (reads, delta_o, rms_weight))
-        dresidual = dy if ctx.needs_input_grad[6] else None
-        return None, None, dy, dreads, ddelta_o, drms_weight, dresidual
+        dresidual = dy if ctx.needs_input_grad[7] else None
+        return None, None, None, dy, dreads, ddelta_o, drms_weight, dresidual

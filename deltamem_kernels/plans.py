@@ -47,14 +47,15 @@ def remember(key: tuple | None, plan: Plan) -> None:
         _plans[key] = plan
 
 
-def kernels(key: tuple | None, backend: str) -> dict[str, Callable]:
+def kernels(direct: bool, backend: str) -> dict[str, Callable]:
     """How a call reaches its kernels: the launchers themselves, or the ops where someone is watching.
 
-    The dispatcher takes about 0.2 µs an argument. A call on plain tensors that no dispatch mode, functorch level or
-    profiler observes gets the same result without it.
+    The dispatcher takes about 0.2 µs an argument. A call that has a signature (``direct``), so is one on plain tensors,
+    and that no compiler, dispatch mode, functorch level or profiler observes gets the same result without it.
     """
     if (
-        key is None
+        not direct
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch.autograd._profiler_enabled()

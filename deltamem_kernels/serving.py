@@ -69,7 +69,9 @@ def delta_scan_with_state_pool(
         debug.pool_call(name, mem_q, cu_seqlens, pool)
     reads = mem_q.new_empty(plan.sizes, dtype=state_dtype(mem_q)) if reads_out is None else reads_out
     memory = Memory(*memory_4d(*memory[:5]), beta_bias, lam_bias)
-    fused.scan_with_state_pool(plans.kernels(key, plan.backend), memory, scan, pool, token_mask, cu_seqlens, reads)
+    fused.scan_with_state_pool(
+        plans.kernels(key is not None, plan.backend), memory, scan, pool, token_mask, cu_seqlens, reads
+    )
     return reads
 
 
@@ -210,8 +212,8 @@ def fused_delta_attention_with_kvcache(
         memory = Memory(*memory_4d(*memory[:5]), beta_bias, lam_bias)
         reads = q.new_empty(plan.sizes[1], dtype=dtype) if reads is None else reads
     fused.attention_with_kvcache(
-        plans.kernels(key, plan.backend), q, k_cache, v_cache, k, v, memory, scan, pool, fix, rows, cache, softmax,
-        num_splits, out, reads, lse,
+        plans.kernels(key is not None, plan.backend), q, k_cache, v_cache, k, v, memory, scan, pool, fix, rows, cache,
+        softmax, num_splits, out, reads, lse,
     )  # fmt: skip
     return FusedDeltaAttentionOutput(out, reads, None, lse)
 

@@ -332,6 +332,17 @@ def test_empty_and_fully_masked(backend, batch, tokens):
     assert (torch.equal(done.final_state, state) and done.final_state.data_ptr() != state.data_ptr()) or batch == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("batch, tokens", [(0, 5), (2, 0)])
+def test_gradients_of_empty_calls(backend, batch, tokens):
+    leaves = {n: x.requires_grad_() if isinstance(x, torch.Tensor) else x for n, x in layer(tokens, batch).items()}
+    done = dk.fused_delta_attention(**leaves, backend=backend)
+    (done.out.sum() + done.reads.sum() + done.final_state.sum()).backward()
+    for name, x in leaves.items():
+        if isinstance(x, torch.Tensor):
+            assert x.grad is None or (x.grad == 0).all(), name
+
+
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b == "cpu"])
 def test_threads_change_no_bit(backend):
     arguments = layer()

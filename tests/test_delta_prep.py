@@ -69,7 +69,8 @@ CASES = {
     "head_256": {"D": 256, "H": 4},
     "head_96_half_rotary": {"D": 96, "rotary": 0.5, "dtype": BF16, "weights": FP32},
     "head_odd": {"D": 37, "R": 3, "rotary": 0.7},
-    "head_1": {"D": 1, "R": 1, "absent": (*NO_ROTARY, *NO_NORM)},  # with one channel the norm's gradient is all cancellation
+    # with one channel the norm's gradient is all cancellation
+    "head_1": {"D": 1, "R": 1, "absent": (*NO_ROTARY, *NO_NORM)},
     "head_2": {"D": 2, "R": 1, "H": 3},
     "interleaved": {"interleaved": True},
     "interleaved_partial": {"interleaved": True, "D": 80, "rotary": 0.6, "dtype": FP16},

@@ -13,6 +13,8 @@ BACKENDS = ["cpu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
+SCAN_STEPS = 200
+
 examples = settings(
     max_examples=100,
     deadline=None,
@@ -30,7 +32,7 @@ def double(arguments):
 
 
 def assert_close(got, want, dtype, steps, name):
-    """``steps`` roundings of ``dtype`` in sequence, relative to the largest value."""
+    """``steps`` roundings of ``dtype``, behind a scan of ``SCAN_STEPS`` fp32 roundings; of the largest value."""
     if want is None or want.numel() == 0:
         assert got is None or got.shape == want.shape
         return
@@ -39,7 +41,7 @@ def assert_close(got, want, dtype, steps, name):
     got, want = got.double().masked_fill(hidden, 0), want.masked_fill(hidden, 0)
     assert torch.isfinite(got).all(), name
     error = (got - want).abs().max().item()
-    bound = steps * ROUNDING[dtype] * max(1.0, want.abs().max().item())
+    bound = (steps * ROUNDING[dtype] + SCAN_STEPS * 2.0**-24) * max(1.0, want.abs().max().item())
     assert error <= bound, f"{name}: {error:.3g} > {bound:.3g}"
 
 
@@ -94,8 +96,8 @@ def test_delta_scan(backend, data):
         x.requires_grad_()
         wanted[name].detach_().requires_grad_()
     got, want = dk.delta_scan(**arguments, backend=backend), dk.delta_scan(**wanted, backend="reference")
-    assert_close(got.reads, want.reads, torch.float32, 200, "reads")
-    assert_close(got.final_state, want.final_state, torch.float32, 200, "final_state")
+    assert_close(got.reads, want.reads, torch.float32, 1, "reads")
+    assert_close(got.final_state, want.final_state, torch.float32, 1, "final_state")
     cotangents = [torch.randn_like(x) for x in got]
     torch.autograd.backward(list(got), cotangents)
     torch.autograd.backward(list(want), [x.double() for x in cotangents])
@@ -159,8 +161,8 @@ def test_fused_delta_attention(backend, data):
     want = dk.fused_delta_attention(**double(arguments), backend="reference")
     assert_close(got.out, want.out, dtype, 24, "out")
     assert_close(got.lse, want.lse, dtype, 64, "lse")
-    assert_close(got.reads, want.reads, torch.float32, 200, "reads")
-    assert_close(got.final_state, want.final_state, torch.float32, 200, "final_state")
+    assert_close(got.reads, want.reads, torch.float32, 1, "reads")
+    assert_close(got.final_state, want.final_state, torch.float32, 1, "final_state")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -198,10 +200,10 @@ def test_fused_delta_attention_with_kvcache(backend, data):
     want = dk.fused_delta_attention_with_kvcache(**wanted, backend="reference")
     assert_close(got.out, want.out, dtype, 24, "out")
     assert_close(got.lse, want.lse, dtype, 64, "lse")
-    assert_close(got.reads, want.reads, torch.float32, 200, "reads")
+    assert_close(got.reads, want.reads, torch.float32, 1, "reads")
     for name in ("k_cache", "v_cache"):
         assert_close(arguments[name], wanted[name], dtype, 8, name)
-    assert_close(arguments["state_pool"], wanted["state_pool"], torch.float32, 200, "state_pool")
+    assert_close(arguments["state_pool"], wanted["state_pool"], torch.float32, 1, "state_pool")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -186,7 +186,7 @@ VALUES = [
 def test_bad_values_in_debug_mode(monkeypatch, make, changed, text):
     monkeypatch.setattr(debug, "ENABLED", True)
     if "cu_seqlens" in changed:
-        function, arguments = make()
+        _, arguments = make()
         one_row = {
             n: x[:1] if isinstance(x, torch.Tensor) and x.shape[:2] == (2, 5) else x for n, x in arguments.items()
         }

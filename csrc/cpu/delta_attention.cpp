@@ -272,6 +272,8 @@ void delta_attention_fwd(const DeltaAttentionParams& p, int num_threads) {
   run(Call(p, nullptr), num_threads);
 }
 
+// num_splits changes nothing: keys are never split between tasks, so a row's bits are its own for every
+// value.
 void delta_attention_with_kvcache(const DeltaAttentionCacheParams& p, int num_threads) {
   run(Call(p.attention, &p), num_threads);
 }

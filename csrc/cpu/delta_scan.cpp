@@ -63,17 +63,35 @@ void read_rows(const float* state, const Steps& x, int row, int64_t count, float
   }
 }
 
-// Stores the state of (row n, head) to its output slot; slot < 0: nothing.
+// slot < 0: nothing is stored.
 void store_slot(const StatePool& pool, int32_t slot, int64_t head, const float* state) {
   if (slot >= 0) store_state(pool.state_pool, slot, head, state);
 }
 
-void zero_rows(const Tensor& reads, int64_t batch, int64_t first, int64_t count) {
+// reads <- 0 for `count` tokens of one head.
+void zero_reads(const Tensor& reads, int64_t batch, int64_t first, int64_t count, int64_t head) {
   for (int64_t t = first; t < first + count; ++t) {
-    for (int64_t h = 0; h < reads.size[2]; ++h) {
-      std::memset(reads.at<float>(batch, t, h), 0, reads.size[3] * sizeof(float));
-    }
+    std::memset(reads.at<float>(batch, t, head), 0, reads.size[3] * sizeof(float));
   }
+}
+
+void scan_pool_head(const Memory& memory, const Rows& rows, const StatePool& pool, const Tensor& reads,
+                    int64_t row, int64_t head) {
+  const Span span = row_span(rows, row, reads.size[1]);
+  const Tensor &in = pool.state_indices, &out = pool.output_state_indices;
+  if (is_padding(in, row)) return zero_reads(reads, span.batch, span.start, span.length, head);
+
+  const int32_t slot = in ? *in.at<int32_t>(row) : static_cast<int32_t>(row);
+  const bool loaded = !pool.has_initial_state || *pool.has_initial_state.at<bool>(row);
+  const bool each_token = out && out.ndim == 2;
+  const int64_t step = each_token ? 1 : span.length;
+  ScanScratch scratch(memory, step);
+  load_state(loaded ? pool.state_pool : Tensor{}, slot, head, reads.size[3], scratch.state);
+  for (int64_t t = 0; t < span.length; t += step) {
+    scan_tokens(memory, rows, span.batch, span.start + t, step, head, reads, scratch);
+    if (each_token) store_slot(pool, *out.at<int32_t>(span.batch, span.start + t), head, scratch.state);
+  }
+  if (!each_token) store_slot(pool, out ? *out.at<int32_t>(row) : slot, head, scratch.state);
 }
 
 }  // namespace
@@ -154,7 +172,7 @@ void scan_tokens(const Memory& memory, const Rows& rows, int64_t batch, int64_t 
 void zero_reads_past_end(const Rows& rows, const Tensor& reads) {
   if (!rows.cu_seqlens) return;
   const int64_t end = packed_end(rows);
-  zero_rows(reads, 0, end, reads.size[1] - end);
+  for (int64_t h = 0; h < reads.size[2]; ++h) zero_reads(reads, 0, end, reads.size[1] - end, h);
 }
 
 void delta_scan_fwd(const DeltaScanParams& p, int num_threads) {
@@ -182,29 +200,15 @@ void delta_scan_fwd(const DeltaScanParams& p, int num_threads) {
 
 void scan_pool_row(const Memory& memory, const Rows& rows, const StatePool& pool, const Tensor& reads,
                    int64_t row) {
-  const Span span = row_span(rows, row, reads.size[1]);
-  const Tensor &in = pool.state_indices, &out = pool.output_state_indices;
-  if (is_padding(in, row)) return zero_rows(reads, span.batch, span.start, span.length);
-
-  const int32_t slot = in ? *in.at<int32_t>(row) : static_cast<int32_t>(row);
-  const bool loaded = !pool.has_initial_state || *pool.has_initial_state.at<bool>(row);
-  const bool each_token = out && out.ndim == 2;
-  const int64_t step = each_token ? 1 : span.length;
-  ScanScratch scratch(memory, step);
-  for (int64_t head = 0; head < reads.size[2]; ++head) {
-    load_state(loaded ? pool.state_pool : Tensor{}, slot, head, reads.size[3], scratch.state);
-    for (int64_t t = 0; t < span.length; t += step) {
-      scan_tokens(memory, rows, span.batch, span.start + t, step, head, reads, scratch);
-      if (each_token) store_slot(pool, *out.at<int32_t>(span.batch, span.start + t), head, scratch.state);
-    }
-    if (!each_token) store_slot(pool, out ? *out.at<int32_t>(row) : slot, head, scratch.state);
-  }
+  for (int64_t head = 0; head < reads.size[2]; ++head) scan_pool_head(memory, rows, pool, reads, row, head);
 }
 
 void delta_scan_with_state_pool(const DeltaScanPoolParams& p, int num_threads) {
-  const int64_t items = num_rows(p.rows, p.reads.size[0]);
+  const int64_t heads = p.reads.size[2], items = num_rows(p.rows, p.reads.size[0]) * heads;
 #pragma omp parallel for num_threads(team(num_threads, items)) schedule(dynamic) if (items > 1)
-  for (int64_t row = 0; row < items; ++row) scan_pool_row(p.memory, p.rows, p.pool, p.reads, row);
+  for (int64_t item = 0; item < items; ++item) {
+    scan_pool_head(p.memory, p.rows, p.pool, p.reads, item / heads, item % heads);
+  }
   zero_reads_past_end(p.rows, p.reads);
 }
 

@@ -7,6 +7,31 @@ namespace {
 
 const float kZeros[kMaxRank] = {};
 
+// dz -> dx through z = y / max(|y|, eps), y = tanh(x); norm holds the divisors. W rows at a time.
+template <int W>
+void activation_bwd(const StepGradients::Target& d, const Stream& z, const float* norm, int64_t count,
+                    int width) {
+  for (int64_t t = 0; t < count; t += W) {
+    const int64_t rows = min<int64_t>(W, count - t);
+    RowOf<W> products[W];
+    for (int r = 0; r < W; ++r) {
+      products[r] = RowOf<W>{};
+      for (int i = 0; r < rows && i < width; i += W) {
+        products[r] += load_lanes<W>(d.at(t + r) + i) * load_lanes<W>(z.at(t + r) + i);
+      }
+    }
+    float along[W];
+    store_lanes<W>(along, lane_sums<W>(products));
+    for (int64_t r = 0; r < rows; ++r) {
+      const float divisor = norm[t + r], share = divisor > kL2NormEps ? along[r] : 0.0f;
+      for (int i = 0; i < width; i += W) {
+        RowOf<W> dz = load_lanes<W>(d.at(t + r) + i), row = load_lanes<W>(z.at(t + r) + i);
+        store_lanes<W>(d.at(t + r) + i, tanh_bwd((dz - row * share) / divisor, row * divisor));
+      }
+    }
+  }
+}
+
 // One thread's pass over one row and head.
 class RowReverse {
  public:
@@ -104,18 +129,18 @@ class RowReverse {
 
   void store_rows(const Tensor& d, const StepGradients::Target& x, int64_t first, int64_t count) {
     if (in_place(d, x, first)) return;
+    const bool whole =
+        d.size[3] == x.stride && d.stride[1] == x.stride;  // one stretch of memory on both sides
+    if (whole) return store_row(d, span_.batch, first, head_, x.data, count * x.stride);
     for (int64_t t = 0; t < count; ++t) store_row(d, span_.batch, first + t, head_, x.at(t), d.size[3]);
   }
 
   // Through z = y / max(|y|, eps), y = tanh(x), where the caller left it to the scan.
   void finish_activated(const Tensor& d, const StepGradients::Target& x, const Stream& z, const float* norm,
                         int64_t first, int64_t count) {
-    for (int64_t t = 0; norm != nullptr && t < count; ++t) {
-      float along = 0, *dz = x.at(t);
-      const float* row = z.at(t);
-      for (int i = 0; i < width_; ++i) along += dz[i] * row[i];
-      if (norm[t] <= kL2NormEps) along = 0;
-      for (int i = 0; i < width_; ++i) dz[i] = tanh_bwd((dz[i] - row[i] * along) / norm[t], row[i] * norm[t]);
+    if (norm != nullptr) {
+      dispatch_rank(width_,
+                    [&](auto lanes, auto) { activation_bwd<lanes.value>(x, z, norm, count, width_); });
     }
     store_rows(d, x, first, count);
   }

@@ -30,7 +30,8 @@ struct Kernels {
 #define DELTAMEM_STRING(x) DELTAMEM_STRING_(x)
 
 // Everything a kernel file defines stands in the namespace of its instruction set. Standard-library templates
-// stay out of these files: the linker would keep one copy of them, possibly that of the widest instruction set.
+// stay out of these files: the linker would keep one copy of them, possibly that of the widest instruction
+// set.
 namespace deltamem::DELTAMEM_ISA {
 void delta_scan_fwd(const DeltaScanParams&, int num_threads);
 void delta_scan_bwd(const DeltaScanBwdParams&, int num_threads);

@@ -77,12 +77,22 @@ inline __attribute__((always_inline)) void multiply_panel(const Word* a, const W
   }
 }
 
+// Words of a dot that one running sum takes; a longer dot is a sum of such sums, as libraries do it.
+inline constexpr int64_t kDotWords = 128;
+
 // c = scale a b                                       a [panels, steps, kPanel], c [panels * kPanel, kLanes]
 template <class Word>
 inline void multiply(const Word* a, const Word* b, int64_t panels, int64_t steps, float scale, float* c) {
   for (int64_t p = 0; p < panels; ++p, a += steps * kPanel) {
     Sums sum = {};
-    multiply_panel(a, b, steps, sum);
+    multiply_panel(a, b, min(steps, kDotWords), sum);
+    for (int64_t k = kDotWords; k < steps; k += kDotWords) {
+      Sums more = {};
+      multiply_panel(a + k * kPanel, b + k * kLanes, min(steps - k, kDotWords), more);
+      for (int r = 0; r < kPanel; ++r) {
+        for (int v = 0; v < kLaneVectors; ++v) sum[r][v] = sum[r][v] + more[r][v];
+      }
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kPanel; ++r) {
 #pragma GCC unroll 4

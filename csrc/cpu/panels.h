@@ -34,7 +34,7 @@ inline void stage_row(const bf16* row, const HeadDims<float>& dims, float* words
 }
 inline void stage_row(const bf16* row, const HeadDims<Pair>& dims, Pair* words) {
   int64_t i = 0;
-  for (; i + kWidth <= dims.D / 2; i += kWidth) store_words(words + i, load_words(row + 2 * i));
+  for (; i + kWidth <= dims.D / 2; i += kWidth) std::memcpy(words + i, row + 2 * i, 4 * kWidth);
   std::memcpy(words + i, row + 2 * i, sizeof(bf16) * (dims.D - 2 * i));
 }
 template <class Word>

@@ -51,6 +51,11 @@ inline void store_lanes(float* p, RowOf<W> x) {
   *reinterpret_cast<RowOf<W>*>(p) = x;
 }
 
+template <int W>
+inline RowOf<W> broadcast_lanes(float x) {
+  return x - RowOf<W>{};  // not 0 + x, which is no copy where x = -0
+}
+
 // a * b + c in one rounding where there is an instruction: where the chain of latencies matters, the
 // compiler's own choice of the product to contract is not left to it.
 template <int W>
@@ -65,10 +70,12 @@ inline RowOf<W> fma(RowOf<W> a, RowOf<W> b, RowOf<W> c) {
   return a * b + c;
 }
 
-// In every block of 2 H lanes: the first (Part 0) or second (Part 1) H lanes of a, then those of b.
-template <int W, int H, int Part, int... L>
-inline RowOf<W> interleave(RowOf<W> a, RowOf<W> b, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(a, b, (L / H % 2 == 0 ? L : W + L - H) + Part * H...);
+// In every block of 2 H lanes: the sums of a's two halves, then those of b's. One operand of the addition is
+// a blend, cheaper than a second shuffle.
+template <int W, int H, int... L>
+inline RowOf<W> add_halves(RowOf<W> a, RowOf<W> b, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(a, b, (L / H % 2 == 0 ? L : W + L)...) +
+         __builtin_shufflevector(a, b, (L / H % 2 == 0 ? L + H : W + L - H)...);
 }
 
 // Lane i of the result is the sum over the lanes of p[i]. Overwrites p.
@@ -79,8 +86,7 @@ inline RowOf<W> lane_sums(RowOf<W>* p) {
   } else {
     constexpr auto all = std::make_integer_sequence<int, W>();
 #pragma GCC unroll 8
-    for (int i = 0; i < H; ++i)
-      p[i] = interleave<W, H, 0>(p[i], p[i + H], all) + interleave<W, H, 1>(p[i], p[i + H], all);
+    for (int i = 0; i < H; ++i) p[i] = add_halves<W, H>(p[i], p[i + H], all);
     return lane_sums<W, H / 2>(p);
   }
 }

@@ -33,7 +33,7 @@ void replay_rows(float* state, const Steps& steps, int row, int64_t count, float
     multiply<W, COLS, 2>(s, cols, {x.k.at(t), x.k.at(t + 1)}, a);
     auto w0 = write_of<RULE, COUPLED, W>(x, t, row), w1 = write_of<RULE, COUPLED, W>(x, t + 1, row);
     V u0 = fma<W>(-w0.erase, a[0], w0.write * w0.v);
-    V a1 = fma<W>(u0, V{} + x.pairs[t], w0.keep * a[1]);
+    V a1 = fma<W>(u0, broadcast_lanes<W>(x.pairs[t]), w0.keep * a[1]);
     V u1 = fma<W>(-w1.erase, a1, w1.write * w1.v);
     store_lanes<W>(recalled + t * width, a[0]);
     store_lanes<W>(recalled + (t + 1) * width, a1);
@@ -71,13 +71,18 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
 #pragma GCC unroll 2
     for (int i = 0; i < groups; ++i) {
       const int row = i * W;
-      V h[1], dkeep = V{}, a = load_lanes<W>(recalled + t * width + row);
+      V h[1], a = load_lanes<W>(recalled + t * width + row);
       multiply<W, COLS, 1>(g[i], cols, {k}, h);
       auto w = write_of<RULE, COUPLED, W>(x, t, row);
       keep[i] = w.keep, taken[i] = w.erase * h[0], u[i] = w.write * w.v - w.erase * a;
       dr[i] = load_lanes<W>(dreads.at(t) + row);
+      V dkeep = V{}, odd = V{};
 #pragma GCC unroll 16
-      for (int j = 0; j < cols; ++j) dkeep = g[i][j] * load_lanes<W>(s + j * width + row) + dkeep;
+      for (int j = 0; j < cols; j += 2) {
+        dkeep = g[i][j] * load_lanes<W>(s + j * width + row) + dkeep;
+        odd = g[i][j + 1] * load_lanes<W>(s + (j + 1) * width + row) + odd;
+      }
+      dkeep += odd;
       store_lanes<W>(out.v.at(t) + row, w.write * h[0]);
       V lam = COUPLED ? w.keep : load_lanes<W>(x.lam.at(t) + row);
       auto d = gates_bwd(RULE, COUPLED, Gates<V>{dkeep, -a * h[0], w.v * h[0]}, w.write, lam);
@@ -86,26 +91,34 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
     }
 #pragma GCC unroll 2
     for (int block = 0; block < groups; ++block) {
-      V dq[W], dk[W];
+      const int column = block * W;
+      V sums[W];
 #pragma GCC unroll 16
       for (int c = 0; c < W; ++c) {
-        const int j = block * W + c;
-        dq[c] = dk[c] = V{};
+        sums[c] = dr[0] * load_lanes<W>(s + (column + c) * width);
 #pragma GCC unroll 2
-        for (int i = 0; i < groups; ++i) {
-          V before = load_lanes<W>(s + j * width + i * W);
-          dq[c] = i == 0 ? dr[i] * before : dr[i] * before + dq[c];
-          dk[c] = i == 0 ? u[i] * g[i][j] - taken[i] * before : u[i] * g[i][j] + (dk[c] - taken[i] * before);
+        for (int i = 1; i < groups; ++i) {
+          sums[c] = dr[i] * load_lanes<W>(s + (column + c) * width + i * W) + sums[c];
         }
       }
-      store_lanes<W>(out.q.at(t) + block * W, lane_sums<W>(dq));
-      store_lanes<W>(out.k.at(t) + block * W, lane_sums<W>(dk));
+      store_lanes<W>(out.q.at(t) + column, lane_sums<W>(sums));
+#pragma GCC unroll 16
+      for (int c = 0; c < W; ++c) {
+        sums[c] = u[0] * g[0][column + c] - taken[0] * load_lanes<W>(s + (column + c) * width);
+#pragma GCC unroll 2
+        for (int i = 1; i < groups; ++i) {
+          sums[c] = u[i] * g[i][column + c] + sums[c];
+          sums[c] = sums[c] - taken[i] * load_lanes<W>(s + (column + c) * width + i * W);
+        }
+      }
+      store_lanes<W>(out.k.at(t) + column, lane_sums<W>(sums));
     }
 #pragma GCC unroll 2
     for (int i = 0; i < groups; ++i) {
 #pragma GCC unroll 16
       for (int j = 0; j < cols; ++j) {
-        g[i][j] = fma<W>(-taken[i], V{} + k[j], fma<W>(dr[i], V{} + q[j], keep[i] * g[i][j]));
+        g[i][j] = fma<W>(-taken[i], broadcast_lanes<W>(k[j]),
+                         fma<W>(dr[i], broadcast_lanes<W>(q[j]), keep[i] * g[i][j]));
       }
     }
   }

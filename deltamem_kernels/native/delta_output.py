@@ -12,9 +12,7 @@ def delta_output_fwd(attn_proj, reads, delta_o, rms_weight, rms_eps, residual):
 
 
 def delta_output_out(attn_proj, reads, delta_o, rms_weight, rms_eps, residual, out):
-    _cpu.delta_output_fwd(
-        attn_proj, reads, delta_o, rms_weight, rms_eps, residual, out, torch.get_num_threads()
-    )
+    _cpu.delta_output_fwd(attn_proj, reads, delta_o, rms_weight, rms_eps, residual, out, torch.get_num_threads())
 
 
 def delta_output_bwd(dy, reads, delta_o, rms_weight, rms_eps):

@@ -200,7 +200,7 @@ def delta_scan_fwd(
     if save_tape:
         slots, used, total = tape_slots(*mem_q.shape[:2], cu_seqlens, segment_len, mem_q.device)
         tape = state.new_zeros(total, *state.shape[1:])
-        if starts:
+        if starts and slots.numel():
             tape[slots[used]] = torch.stack(starts, 1).detach()[used]
     return from_rows(reads, cu_seqlens, mem_q.shape[1]), state.contiguous(), tape
 

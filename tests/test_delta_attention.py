@@ -1,0 +1,212 @@
+"""Attention kernels without a cache, forward and backward, and what leaves their bits alone."""
+
+import pytest
+import torch
+from attention_checks import (
+    BACKENDS,
+    CASES,
+    DTYPES,
+    NAN,
+    cache_inputs,
+    check_backward,
+    check_cache,
+    check_forward,
+    holes,
+    inputs,
+    prologue_inputs,
+    with_cache,
+)
+from attention_inputs import defaults
+from gradients import ints
+
+from deltamem_kernels import _cpu, ops
+from deltamem_kernels.reference import delta_attention as reference
+
+SHAPES = [  # T, HQ, HKV, D
+    (1, 4, 4, 64),
+    (17, 4, 1, 20),
+    (129, 5, 1, 96),
+    (161, 8, 1, 64),
+    (301, 4, 2, 128),
+    (70, 2, 2, 256),
+    (33, 3, 3, 1),
+    (50, 2, 1, 7),
+]
+
+
+# ---- over the call's own keys -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward(backend, dtype, shape):
+    check_forward(backend, inputs(*shape, dtype))
+    check_forward(backend, inputs(*shape, dtype, prologue=True, causal=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)  # with one token, dq = dk = 0 and no error is eager's
+def test_backward(backend, dtype, shape):
+    check_backward(backend, inputs(*shape, dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("rows", ["dense", "masked", "packed"])
+def test_softmax_options(backend, dtype, options, rows):
+    T = 210
+    if rows == "packed":  # empty sequences in front, between and behind; tokens past the last
+        options = options | {"packed": (0, 0, 1, 60, 60, 200, 200)}
+    args = inputs(T, 6, 2, 48, dtype, **options)
+    if rows == "masked":
+        args["token_mask"] = holes(2, T)
+        for name in "qkv":
+            args[name][~args["token_mask"]] = NAN
+    if rows == "packed":
+        args["token_mask"] = torch.rand(1, T) > 0.1
+    check_forward(backend, args)
+    given, grads = check_backward(backend, args)
+    if rows == "masked":
+        hidden = ~args["token_mask"]
+        assert (given["out"][hidden] == 0).all() and given["lse"].transpose(1, 2)[hidden].isneginf().all()
+        assert all((grad[hidden] == 0).all() for grad in grads)
+    if rows == "packed":
+        assert (given["out"][0, 200:] == 0).all() and given["lse"][0, :, 200:].isneginf().all()
+        assert all((grad[0, 200:] == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_prologue(backend, positions, gathered, interleaved):
+    args = inputs(90, 4, 2, 32, torch.bfloat16, rotary_interleaved=interleaved, packed=(0, 33, 33, 85))
+    args |= prologue_inputs(1, 90, 4, 32, torch.bfloat16, gathered)
+    if positions:
+        args["positions"] = torch.randint(0, 400, (1, 90), dtype=torch.int32)
+    check_forward(backend, args)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", ["delta_q", "q_norm_weight", "rotary_cos"])
+def test_parts_of_the_prologue(backend, part):
+    args = inputs(40, 4, 2, 32, prologue=True)
+    together = {"delta_q": ("reads", "delta_q"), "rotary_cos": ("rotary_cos", "rotary_sin")}.get(part, (part,))
+    others = ("reads", "delta_q", "q_norm_weight", "rotary_cos", "rotary_sin")
+    check_forward(backend, args | {name: None for name in others if name not in together})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend):
+    """Slices of one packed projection, heads-first storage, one row expanded over the batch."""
+    T, HQ, HKV, D = 65, 4, 2, 40
+    qkv = torch.randn(2, T, (HQ + 2 * HKV) * D)
+    q, k, v = qkv.split([HQ * D, HKV * D, HKV * D], -1)
+    sliced = {"q": q.unflatten(-1, (HQ, D)), "k": k.unflatten(-1, (HKV, D)), "v": v.unflatten(-1, (HKV, D))}
+    base = inputs(T, HQ, HKV, D)
+    swapped = {name: base[name].transpose(1, 2).contiguous().transpose(1, 2) for name in "qkv"}
+    expanded = {name: base[name][:1].expand(2, -1, -1, -1) for name in "qkv"}
+    for given in (sliced, swapped, expanded):
+        check_forward(backend, base | given)
+        check_backward(backend, base | given)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_scores_and_nan(backend):
+    """Scores far apart keep their softmax; a NaN reaches every query that sees it, and no other row."""
+    args = inputs(140, 2, 1, 64, B=3, softmax_scale=30.0)
+    out, _ = check_forward(backend, args)
+    args["v"][0, 100, 0, 3] = NAN
+    args["k"][1, 50] = NAN
+    broken, _ = ops.handle("delta_attention_fwd", backend)(**args)
+    assert broken[0, 100:, :, 3].isnan().all() and broken[1, 50:].isnan().all()
+    assert torch.equal(broken[2], out[2])
+
+
+# ---- bits ----------------------------------------------------------------------------------------------------------
+
+
+def run_everything(dtype):
+    """Results of every op on one set of inputs."""
+    torch.manual_seed(1)
+    args = inputs(200, 10, 2, 72, dtype, prologue=True, token_mask=holes(2, 200))
+    results = list(ops.handle("delta_attention_fwd", "cpu")(**args))
+    given = defaults(reference.delta_attention_bwd, **args, dout=torch.randn(args["q"].shape).to(dtype))
+    given["out"], given["lse"] = results
+    results += ops.handle("delta_attention_bwd", "cpu")(**given)
+    cache = cache_inputs([150, 61, 97], [31, 1, 20], page_size=16, dtype=dtype)
+    return results + list(with_cache(ops.handle("delta_attention_with_kvcache", "cpu"), cache))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thread_count_leaves_the_bits(dtype):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = run_everything(dtype)
+        torch.set_num_threads(5)
+        five = run_everything(dtype)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(one, five, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_touch_each_other(backend):
+    """A permuted batch gives permuted results, packed rows those of a batch, and a row alone its own, to the bit."""
+    forward, backward = (ops.handle(f"delta_attention_{way}", backend) for way in ("fwd", "bwd"))
+    args = inputs(150, 6, 2, 64, torch.bfloat16, B=3)
+    dout = torch.randn(args["q"].shape).bfloat16()
+
+    def run(order, packed=False):
+        rows = {name: args[name][order] for name in "qkv"}
+        if packed:
+            rows = {name: x.flatten(0, 1)[None] for name, x in rows.items()}
+            rows["cu_seqlens"] = ints(*range(0, 150 * len(order) + 1, 150))
+        given = args | rows
+        out, lse = forward(**given)
+        cotangent = dout[order].reshape(out.shape)
+        grads = backward(**defaults(reference.delta_attention_bwd, **given, dout=cotangent, out=out, lse=lse))
+        if packed:
+            lse = lse[0].unflatten(1, (len(order), 150)).transpose(0, 1)
+        return [x.reshape(len(order), -1) for x in (out, lse, *grads)]
+
+    whole = run([0, 1, 2])
+    for order in ([2, 0, 1], [1]):
+        for packed in (False, True):
+            found = run(order, packed)
+            assert all(torch.equal(a, b[order]) for a, b in zip(found, whole, strict=True))
+
+    case = cache_inputs([90, 30, 55], [25, 25, 25], page_size=16, dtype=torch.bfloat16)
+    op = ops.handle("delta_attention_with_kvcache", backend)
+    out, lse = with_cache(op, case)
+    per_row = ("q", "cache_seqlens", "block_table")
+    alone = with_cache(op, case | {name: case[name][[1]] for name in per_row})
+    assert torch.equal(alone[0][0], out[1]) and torch.equal(alone[1][0], lse[1])
+
+
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+def test_instruction_sets(isa):
+    active = _cpu.isa()
+    _cpu.set_isa(isa)
+    try:
+        for dtype in DTYPES:
+            check_forward("cpu", inputs(131, 6, 2, 40, dtype, prologue=True, token_mask=holes(2, 131)))
+            window = {"causal": False, "window_left": 50, "window_right": 30}
+            check_backward("cpu", inputs(131, 6, 2, 40, dtype, softcap=2.0, **window))
+            check_backward("cpu", inputs(90, 4, 4, 96, dtype, causal=False, packed=(0, 20, 60, 60)))
+            check_cache("cpu", cache_inputs([150, 61], [31, 20], page_size=3, dtype=dtype, prologue=True))
+    finally:
+        _cpu.set_isa(active)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_do(backend):
+    for args in (inputs(0, 4, 2, 8), inputs(5, 4, 2, 8, B=0), inputs(5, 4, 2, 8, packed=(0,))):
+        out, lse = ops.handle("delta_attention_fwd", backend)(**args)
+        assert (out == 0).all() and lse.isneginf().all()
+        given = defaults(reference.delta_attention_bwd, **args, dout=torch.ones_like(out), out=out, lse=lse)
+        assert all((grad == 0).all() for grad in ops.handle("delta_attention_bwd", backend)(**given))
