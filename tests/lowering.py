@@ -28,6 +28,8 @@ TARGETS = {
 }
 # bytes of shared memory that one block may have
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+# as the launchers' tables name the devices
+CAPABILITY = {"sm_80": (8, 0), "sm_86": (8, 6), "sm_89": (8, 9), "sm_90": (9, 0), "sm_100": (10, 0), "gfx942": (0, 0)}
 SHARED_LIMIT = {target: kib * 1024 for target, kib in SHARED_LIMIT.items()}
 
 # Modules whose arithmetic is fp32 FMA, whose products belong on tensor cores, whose time is memory's.
@@ -52,10 +54,9 @@ INSTRUCTIONS = {
 
 
 def lowerings(module, target):
-    """What the module's launchers pick; where that depends on the device, lowerings takes its compute capability."""
-    found = importlib.import_module(f"deltamem_kernels.triton_ops.{module}").lowerings
-    major_minor = divmod(TARGETS[target][1], 10) if target.startswith("sm_") else (0, 0)
-    return found(major_minor) if inspect.signature(found).parameters else found()
+    """What the module's launchers pick; on that target, where they pick by device."""
+    found = getattr(importlib.import_module(f"deltamem_kernels.triton_ops.{module}"), "lowerings", list)
+    return found(CAPABILITY[target]) if "capability" in inspect.signature(found).parameters else found()
 
 
 def compiled(module, index, target):
@@ -66,12 +67,20 @@ def compiled(module, index, target):
     configuration = next(x for i, x in enumerate(lowerings(module, target)) if i == index)
     name, kernel, signature, constexprs, options = configuration
     row = {"module": module, "name": name, "target": target}
-    # pointers are those of fresh tensors, integers that launches specialise on are strides: both multiples of 16
+    # Pointers are those of fresh tensors, integers that launches specialise on are strides: both multiples of 16.
+    # A tuple is a tensor with its own strides, of which nothing is known.
     free = {p.name for p in kernel.params if p.do_not_specialize}
     aligned = [
         (i,)
         for i, (argument, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind in ("i32", "i64") and argument not in free)
+        if isinstance(kind, str) and (kind.startswith("*") or (kind in ("i32", "i64") and argument not in free))
+    ]
+    aligned += [
+        (i, j)
+        for i, kinds in enumerate(signature.values())
+        if isinstance(kinds, tuple)
+        for j, kind in enumerate(kinds)
+        if kind.startswith("*")
     ]
     attrs = {path: [["tt.divisibility", 16]] for path in aligned}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)

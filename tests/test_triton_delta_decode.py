@@ -5,13 +5,14 @@ import torch
 from gradients import ints
 from test_delta_decode import BF16, FP16, FP32, NAN, case_of, check, run, same_bits
 
-TINY = {"filled": [40, 3], "HQ": 4, "HKV": 2, "D": 16, "memory": {"R": 4}, "num_splits": 3}
+# fp16: the interpreter rounds to bf16 towards zero, twice the error that the budget takes from the eager pipeline
+TINY = {"filled": [40, 3], "HQ": 4, "HKV": 2, "D": 16, "dtype": FP16, "memory": {"R": 4}, "num_splits": 3}
 CASES = {
-    "bare": {"filled": [20, 1, 0], "prologue": False, "memory": None},
+    "bare": {"filled": [20, 1, 0], "prologue": False, "memory": None, "dtype": BF16},
     "no keys": {"filled": [0, 5], "append": False, "prologue": False, "T": 2, "memory": None},
     "memory": {"filled": [70, 3, 33]},
     "paged": {"page": 3, "T": 2},
-    "pages of a block": {"page": 16, "dtype": FP16},
+    "pages of a block": {"page": 16},
     "read only keys": {"append": False, "T": 3, "memory": {"rule": "no_lambda", "R": 4}},
     "q only": {"deltas": "q", "memory": {"H": 3, "R": 4, "rule": "lambda_outside"}, "dtype": FP32},
     "raw memory": {"memory": {"H": 2, "R": 5, "raw": True, "row_gates": True, "dtype": FP32}, "T": 2},
@@ -75,5 +76,5 @@ def test_positions_and_gathered_tables(monkeypatch):
     case["positions"] = torch.randint(0, 40, (2, 2), dtype=torch.int32)
     check(case, "triton", monkeypatch)
     angle = torch.randn(2, 2, case["rotary_cos"].shape[-1])
-    case |= {"positions": None, "rotary_cos": angle.cos().to(BF16), "rotary_sin": angle.sin().to(BF16)}
+    case |= {"positions": None, "rotary_cos": angle.cos().to(FP16), "rotary_sin": angle.sin().to(FP16)}
     check(case, "triton", monkeypatch)

@@ -8,6 +8,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 UNBOUNDED = 1 << 30  # a window side without limit; slots stay below it
 
 
@@ -63,6 +64,14 @@ def tanh(x):
     y = x * x
     series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
     return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (1 + tl.exp2(x * (2 * LOG2E))))
+
+
+@triton.jit
+def product(a, b, acc=None):
+    """a b + acc in fp32, of exact products: never TF32."""
+    if INTERPRETED:  # whose dot takes bf16 for integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit

@@ -108,4 +108,47 @@ def replay_row(
                         None if lam_bias is None else lam_bias + h * stride_lam_bias,
                         RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP,
                     )
+
+
+@triton.jit
+def store_states(
+    pid, T, mem_k, mem_v, beta, lam, pool, state_indices, target_indices, has_initial, beta_bias, lam_bias,
+    token_mask, cu_seqlens, stride_mk_b, stride_mk_t, stride_mk_h, stride_mv_b, stride_mv_t, stride_mv_h,
+    stride_b_b, stride_b_t, stride_b_h, stride_l_b, stride_l_t, stride_l_h, stride_bb, stride_lb,
+    stride_s_p, stride_s_h, stride_mask, stride_target, state_heads,
+    RULE: tl.constexpr, WRITE: tl.constexpr, ACTIVATE: tl.constexpr, GATE: tl.constexpr, EACH: tl.constexpr,
+    BETA_STEP: tl.constexpr, LAM_STEP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MAX_T: tl.constexpr,
+):
+    """The state of (row, state head) pid behind the row's tokens, EACH: behind every one, into its slot of the pool."""
+    row, h = (pid // state_heads).to(tl.int64), pid % state_heads
+    batch, start, length, count = row_span(row, T, cu_seqlens, token_mask, stride_mask, state_indices, MAX_T)
+    state = row
+    if state_indices is not None:
+        state = tl.load(state_indices + row).to(tl.int64)
+    loads = state >= 0
+    if has_initial is not None:
+        loads = loads & (tl.load(has_initial + row) != 0)
+    states = pool + h * stride_s_h
+    s = load_state(states + state * stride_s_p, loads, R, RP)
+    for t in range(length):
+        if WRITE:  # noqa: SIM102 (as above)
+            if t < count:
+                token = start + t
+                s = updated(
+                    s, mem_k + batch * stride_mk_b + token * stride_mk_t + h * stride_mk_h,
+                    mem_v + batch * stride_mv_b + token * stride_mv_t + h * stride_mv_h,
+                    beta + batch * stride_b_b + token * stride_b_t + h * stride_b_h,
+                    None if lam is None else lam + batch * stride_l_b + token * stride_l_t + h * stride_l_h,
+                    None if beta_bias is None else beta_bias + h * stride_bb,
+                    None if lam_bias is None else lam_bias + h * stride_lb,
+                    RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP,
+                )
+        if EACH:
+            slot = tl.load(target_indices + batch * stride_target + start + t).to(tl.int64)
+            store_state(states + slot * stride_s_p, s, (state >= 0) & (slot >= 0), R, RP)
+    if not EACH:
+        slot = state
+        if target_indices is not None:
+            slot = tl.load(target_indices + row).to(tl.int64)
+        store_state(states + slot * stride_s_p, s, (state >= 0) & (slot >= 0), R, RP)
 # fmt: on

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .attention import tanh
+from .attention import product, tanh
 from .lift import lift, lift_rows
 from .prologue import joined, load_pairs, normed, pair_channels, rotary_rows, store_pairs
 
@@ -31,8 +31,21 @@ def slot_rows(slots, row, live, table, stride_b, stride_t, stride_table, PAGE: t
     slots = slots.to(tl.int64)
     if PAGE == 0:
         return row * stride_b + slots * stride_t
-    page = tl.load(table + row * stride_table + slots // PAGE, mask=live, other=0).to(tl.int64)
-    return page * stride_b + slots % PAGE * stride_t
+    else:
+        page = tl.load(table + row * stride_table + slots // PAGE, mask=live, other=0).to(tl.int64)
+        return page * stride_b + slots % PAGE * stride_t
+
+
+@triton.jit
+def find_page(first, stop, row, table, stride_table, PAGE: tl.constexpr, BN: tl.constexpr):
+    """Entry of the cache that holds the slots first .. first + BN: one, or [BN] where pages are shorter than that."""
+    if PAGE == 0:
+        return row
+    elif PAGE % BN == 0:
+        return tl.load(table + row * stride_table + first // PAGE, mask=first < stop, other=0).to(tl.int64)
+    else:
+        slots = first + tl.arange(0, BN)
+        return tl.load(table + row * stride_table + slots // PAGE, mask=slots < stop, other=0).to(tl.int64)
 
 
 @triton.jit
@@ -92,7 +105,7 @@ def new_rows(
 @triton.jit
 def absorb(acc, total, peak, q, k, v, sees, factor, softcap, cap_scale, CAPPED: tl.constexpr):
     """Online softmax in base 2 over one block of keys: acc [BM, C], total and peak [BM], sees [BM, BN]."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = product(q, tl.trans(k))
     if CAPPED:
         scores = softcap * tanh(scores * cap_scale)
     scores = tl.where(sees, scores * factor, float("-inf"))
@@ -101,6 +114,6 @@ def absorb(acc, total, peak, q, k, v, sees, factor, softcap, cap_scale, CAPPED: 
     p = tl.exp2(scores - base[:, None])
     shrink = tl.exp2(peak - base)
     total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = product(p.to(v.dtype), v, acc * shrink[:, None])
     return acc, total, new_peak
 # fmt: on

@@ -290,7 +290,9 @@ def _launch(q, k, v, out, lse, prologue, rows, cache, state_indices, appended, s
     H, R = (1, 1) if reads is None else reads.shape[2:]
     tiles = tile_count(B, T, cu_seqlens, tile.BM)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out_strides, lse_strides = (x.stride()[:-1] if x.dim() > y else (0, *x.stride()[:-1]) for x, y in ((out, 4), (lse, 3)))
+    out_strides, lse_strides = (
+        x.stride()[:-1] if x.dim() > y else (0, *x.stride()[:-1]) for x, y in ((out, 4), (lse, 3))
+    )
     attention_kernel[(tiles * HQ * splits,)](
         q, k, v, out, lse, reads if delta_q is not None else None, delta_q, weight, cos, sin, positions,
         token_mask, cu_seqlens, cache_seqlens, leftpad, block_table, state_indices,

@@ -20,8 +20,8 @@ import triton.language as tl
 
 from .attention import LN2, LOG2E, visible, window
 from .attention_tiles import GFX, capability, multiprocessors, small_shared
-from .decode_state import load_state, replay_row, row_span, store_state, updated
-from .decode_tiles import absorb, new_rows, query_tile, slot_rows, turns_at
+from .decode_state import replay_row, row_span, store_states
+from .decode_tiles import absorb, find_page, new_rows, query_tile, slot_rows, turns_at
 from .lift import columns
 from .lowering import launches
 from .prologue import joined_channels, pair_count
@@ -110,11 +110,13 @@ def decode_split_kernel(
         factor, cap_scale = LOG2E, scale / softcap
     k_channels, v_channels = joined_channels(D, HALF, INTERLEAVED, P)[None, :], tl.arange(0, 2 * P)[None, :]
     k_head, v_head = k_cache + kv_head * stride_kc_h, v_cache + kv_head * stride_vc_h
+    page = find_page(begin, stop, row, table, stride_table, PAGE, BN)
     for key in tl.range(begin, stop, BN):
         keys = key + tl.arange(0, BN)
         inside = (keys >= low) & (keys < stop)
-        k_at = slot_rows(keys, row, inside, table, stride_kc_b, stride_kc_t, stride_table, PAGE)[:, None]
-        v_at = slot_rows(keys, row, inside, table, stride_vc_b, stride_vc_t, stride_table, PAGE)[:, None]
+        at = keys.to(tl.int64) if PAGE == 0 else keys.to(tl.int64) % PAGE
+        k_at, v_at = (page * stride_kc_b + at * stride_kc_t)[:, None], (page * stride_vc_b + at * stride_vc_t)[:, None]
+        page = find_page(key + BN, stop, row, table, stride_table, PAGE, BN)  # ahead, so that loads of keys can be
         k_block = tl.load(k_head + k_at + k_channels, mask=inside[:, None] & (k_channels < D), other=0.0)
         v_block = tl.load(v_head + v_at + v_channels, mask=inside[:, None] & (v_channels < D), other=0.0)
         sees = visible(slots[:, None], keys[None, :], low, stop, left, right)
@@ -172,37 +174,13 @@ def decode_merge_kernel(
     """Programs 0 .. state_programs store states (EACH: after every token), the others merge one token and head."""
     pid = tl.program_id(0)
     if pid < state_programs:
-        row, h = (pid // state_heads).to(tl.int64), pid % state_heads
-        batch, start, length, count = row_span(row, T, cu_seqlens, token_mask, stride_mask, state_indices, MAX_T)
-        state = row
-        if state_indices is not None:
-            state = tl.load(state_indices + row).to(tl.int64)
-        loads = state >= 0
-        if has_initial is not None:
-            loads = loads & (tl.load(has_initial + row) != 0)
-        states = pool + h * stride_s_h
-        s = load_state(states + state * stride_s_p, loads, R, RP)
-        for t in range(length):
-            if WRITE:  # noqa: SIM102 (as above)
-                if t < count:
-                    token = start + t
-                    s = updated(
-                        s, mem_k + batch * stride_mk_b + token * stride_mk_t + h * stride_mk_h,
-                        mem_v + batch * stride_mv_b + token * stride_mv_t + h * stride_mv_h,
-                        beta + batch * stride_b_b + token * stride_b_t + h * stride_b_h,
-                        None if lam is None else lam + batch * stride_l_b + token * stride_l_t + h * stride_l_h,
-                        None if beta_bias is None else beta_bias + h * stride_bb,
-                        None if lam_bias is None else lam_bias + h * stride_lb,
-                        RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP,
-                    )
-            if EACH:
-                slot = tl.load(target_indices + batch * stride_target + start + t).to(tl.int64)
-                store_state(states + slot * stride_s_p, s, (state >= 0) & (slot >= 0), R, RP)
-        if not EACH:
-            slot = state
-            if target_indices is not None:
-                slot = tl.load(target_indices + row).to(tl.int64)
-            store_state(states + slot * stride_s_p, s, (state >= 0) & (slot >= 0), R, RP)
+        store_states(
+            pid, T, mem_k, mem_v, beta, lam, pool, state_indices, target_indices, has_initial, beta_bias, lam_bias,
+            token_mask, cu_seqlens, stride_mk_b, stride_mk_t, stride_mk_h, stride_mv_b, stride_mv_t, stride_mv_h,
+            stride_b_b, stride_b_t, stride_b_h, stride_l_b, stride_l_t, stride_l_h, stride_bb, stride_lb,
+            stride_s_p, stride_s_h, stride_mask, stride_target, state_heads,
+            RULE, WRITE, ACTIVATE, GATE, EACH, BETA_STEP, LAM_STEP, R, RP, MAX_T,
+        )
     else:
         item = (pid - state_programs).to(tl.int64)
         head, t, batch = item % HQ, item // HQ % T, item // HQ // T
@@ -248,18 +226,17 @@ class Tile(NamedTuple):
 
 
 def decode_tile(columns: int, D: int, dtype: torch.dtype, capability) -> Tile:
-    """Shared memory holds num_stages blocks of k and of v [BN, D]: 96 KB keep two programs on a multiprocessor of
-    227 KB, each with 64 KB in flight. Wider column tiles would only spend registers: a decode step has few columns."""
+    """Shared memory holds num_stages - 1 blocks of k and of v [BN, D], all of them in flight: two programs of 96 KB on a
+    multiprocessor of 227 KB. Wider column tiles would only spend registers: a decode step has few columns."""
     BM = 16 if columns <= 16 or D > 128 else 32
+    BN, warps = 64 if D <= 128 else 32, 4 if BM == 16 and D <= 128 else 8
     if capability is None:
-        return Tile(BM, 16, 4, 1)
+        return Tile(BM, 16, warps, 1)
     if dtype == torch.float32:  # FMA dots: registers hold both operands' slices
-        return Tile(BM, 32 if D <= 128 else 16, 4, 1)
+        return Tile(BM, 32 if D <= 64 else 16, warps, 1)
     if capability == GFX:
-        return Tile(BM, 64 if D <= 128 else 32, 4, 1)
-    if small_shared(capability):
-        return Tile(BM, 64 if D <= 128 else 32, 4, 2)
-    return Tile(BM, 64 if D <= 128 else 32, 4, 3)
+        return Tile(BM, BN, warps, 1)
+    return Tile(BM, BN, warps, 2 if small_shared(capability) else 3 if capability[0] < 9 else 4)
 
 
 # Keys that one split should have at least: what its prologue costs.

@@ -29,9 +29,7 @@ def _replay(
     CW = cut.RP // cut.NB
     maps = map_biases = None
     if cut.levels:
-        maps, map_biases = build_maps(
-            cut, None, mem_v, mem_k, beta, lam, *biases, token_mask, cu_seqlens, flags, False
-        )
+        maps, map_biases = build_maps(cut, None, mem_v, mem_k, beta, lam, *biases, token_mask, cu_seqlens, flags, False)
     ahead = 1 if T == 1 else AHEAD[cut.RP][1]
     while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
         ahead //= 2
