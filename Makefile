@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
@@ -16,8 +17,8 @@ CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 $(VENV)/installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet '$(TORCH)'
-	$(BIN)/python -m pip install --quiet '.[test,bench,lint,triton]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' '$(TRITON)'
+	$(BIN)/python -m pip install --quiet '.[test,bench,lint]'
 	touch $@
 
 demo: $(VENV)/installed

@@ -23,7 +23,9 @@ class CMakeBuild(build_ext):
 
         build = Path(self.build_temp).resolve()
         target = Path(self.get_ext_fullpath(self.extensions[0].name)).resolve().parent
+        # An isolated build has tools of its own, so a kept build folder must not remember the last ones.
         arguments = [
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

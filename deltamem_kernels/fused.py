@@ -76,8 +76,10 @@ class Cache(NamedTuple):
 
 
 def memory_4d(*tensors):
-    """Memory tensors with their state-head dimension: ``[B, T, R]`` means H = 1."""
-    return [x.unsqueeze(2) if x is not None and x.ndim == 3 else x for x in tensors]
+    """Memory tensors, of one rank, with their state-head dimension: ``[B, T, R]`` means H = 1."""
+    if tensors[0].ndim == 4:
+        return tensors
+    return [None if x is None else x.unsqueeze(2) for x in tensors]
 
 
 def scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, save_tape):

@@ -118,17 +118,32 @@ def test_absent_cotangents(backend, cotangent):
     check_scan(backend, scan_args(free=True), **{cotangent: False})
 
 
+# With fewer rows and heads than threads, the backward pass shares out segments.
+@pytest.mark.parametrize(
+    "case",
+    (
+        {"B": 5, "R": 16, "raw": True, "mask": 0.1},
+        *({"B": 1, "H": 1, "T": 150, "R": R, "raw": True, "free": True, "segment_len": 8} for R in (4, 8, 16, 20)),
+        {"B": 1, "H": 2, "T": 150, "rule": "lambda_outside", "free": True, "mask": 0.2, "segment_len": 8},
+        {"H": 1, "packed": (0, 3, 3, 120, 140), "T": 145, "raw": True, "segment_len": 8},
+        {"B": 1, "H": 1, "T": 150, "segment_len": 8, "write": False},
+    ),
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_thread_counts(backend):
-    args = scan_args(B=5, R=16, raw=True, mask=0.1)
+def test_thread_counts(backend, case):
+    write = case.get("write", True)
+    args = scan_args(**{name: value for name, value in case.items() if name != "write"})
+    if not write:
+        args |= dict.fromkeys(("mem_k", "mem_v", "beta", "lam")) | {"write": False}
     cotangents = bwd_args(args, None)
     runs = []
-    for count in (1, 5):
+    for count in (1, 2, 5, 8):
         with threads(count):
             forward = call("delta_scan_fwd", backend, args)
             backward = call("delta_scan_bwd", backend, cotangents | {"tape": forward[2]})
             runs.append((*forward, *backward))
-    assert all(same_bits(*pair) for pair in zip(*runs, strict=True) if pair[0].numel())
+    for run in runs[1:]:
+        assert all(same_bits(*pair) for pair in zip(runs[0], run, strict=True) if pair[0].numel())
 
 
 @pytest.mark.parametrize("R", (5, 8, 16))

@@ -75,10 +75,23 @@ def product(a, b, acc=None):
 
 
 @triton.jit
+def past_full(step, full_begin, full_stop, MASKED: tl.constexpr):
+    """Where a walk stands that leaves out full_begin .. full_stop, if MASKED."""
+    if MASKED:
+        step = tl.where(step < full_begin, step, step + (full_stop - full_begin))
+    return step
+
+
+@triton.jit
+def in_window(ahead, left, right):
+    """ahead: slot of the key less slot of the query."""
+    return (ahead <= right) & (ahead >= -left)
+
+
+@triton.jit
 def visible(slots, keys, low, high, left, right):
     """bool, of slots and keys that broadcast: the key lies in low .. high - 1 and in the query's window."""
-    ahead = keys - slots
-    return (keys >= low) & (keys < high) & (ahead <= right) & (ahead >= -left)
+    return (keys >= low) & (keys < high) & in_window(keys - slots, left, right)
 
 
 @triton.jit

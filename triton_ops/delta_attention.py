@@ -9,6 +9,8 @@ keys of a tile may be split: partial results go through fp32 memory and are merg
 Floor: 4 D flops per visible (query, key) and head; q, k, v, out once through HBM.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,12 +21,17 @@ from .attention import (
     count_unmasked,
     find_tile,
     load_rows,
+    past_full,
+    product,
     tanh,
     tile_count,
     visible,
     window,
 )
-from .attention_tiles import automatic_splits, capability, forward_tile, multiprocessors
+from .attention_splits import automatic_splits, merge, multiprocessors
+from .attention_tiles import backward_tiles, capability, forward_tile
+from .delta_attention_bwd import delta_attention_bwd
+from .lowering import launches
 from .prologue import joined, joined_channels, pair_count, prepared_pairs
 
 
@@ -82,13 +89,17 @@ def key_rows(first, table, inside, BN: tl.constexpr, PAGE: tl.constexpr, MASKED:
 
 @triton.jit
 def attend(
-    acc, total, peak, q, begin, stop, k, v, table, shown, slots, low, high, left, right, scale, softcap,
-    stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
+    acc, total, peak, q, begin, full_begin, full_stop, stop, k, v, table, shown, slots, low, high, left, right,
+    scale, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
     EVEN: tl.constexpr, CAPPED: tl.constexpr, PAGE: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Online softmax over the key blocks of begin .. stop; scale is not negative, total and peak [BM]."""
-    for first in tl.range(begin, stop, BN):
-        keys = tl.multiple_of(first, BN) + tl.arange(0, BN)
+    """Online softmax over the key blocks of full_begin .. full_stop, or MASKED the others of begin .. stop.
+
+    scale is not negative; total and peak [BM].
+    """
+    for step in tl.range(begin if MASKED else full_begin, stop - (full_stop - full_begin) if MASKED else full_stop, BN):
+        first = tl.multiple_of(past_full(step, full_begin, full_stop, MASKED), BN)
+        keys = first + tl.arange(0, BN)
         inside = (keys >= low) & (keys < high)
         if shown is not None:
             inside = tl.load(shown + keys, mask=inside, other=0).to(tl.int1)
@@ -99,7 +110,7 @@ def attend(
         else:
             k_block = load_rows(k + page * stride_k_b, rows, stride_k_t, None, 0, k_columns, inside, MASKED, EVEN)
             v_block = load_rows(v + page * stride_v_b, rows, stride_v_t, None, 0, v_columns, inside, MASKED, EVEN)
-        scores = tl.dot(q, tl.trans(k_block), input_precision="ieee")  # [BM, BN]
+        scores = product(q, tl.trans(k_block))  # [BM, BN]
         factor = scale * LOG2E
         if CAPPED:
             scores = softcap * tanh(scores * (scale / softcap))
@@ -114,7 +125,7 @@ def attend(
         p = tl.exp2(scores * factor - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision="ieee")
+        acc = product(p.to(v_block.dtype), v_block, acc * shrink[:, None])
         peak = new_peak
     return acc, total, peak
 # fmt: on
@@ -123,7 +134,7 @@ def attend(
 # fmt: off
 @triton.jit(do_not_specialize=["T", "N", "splits", "stride_out_s", "stride_lse_s", "stride_lse_b", "stride_lse_h",
                                "left", "right", "stride_table"])
-def attention_kernel(
+def attention_fwd_kernel(
     q, k, v, out, lse, reads, delta_q, weight, cos, sin, positions,
     token_mask, cu_seqlens, cache_seqlens, leftpad, block_table, state_indices,
     stride_q_b, stride_q_t, stride_q_h, stride_k_b, stride_k_t, stride_k_h, stride_v_b, stride_v_t, stride_v_h,
@@ -133,9 +144,9 @@ def attention_kernel(
     eps, scale, softcap, left, right, T, N, splits,
     HQ: tl.constexpr, G: tl.constexpr, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, GATHERED: tl.constexpr, P: tl.constexpr, PAGE: tl.constexpr,
-    APPENDED: tl.constexpr, BANDED: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    APPENDED: tl.constexpr, CAPPED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):
-    """N rows; BANDED: keys before a tile's first full block exist (a left window or left padding)."""
+    """out, lse of N rows; with splits, of one of the shares of a tile's keys."""
     pid = tl.program_id(0)
     head = (pid % HQ).to(tl.int64)
     split = (pid // HQ) % splits
@@ -206,22 +217,18 @@ def attention_kernel(
     total = tl.zeros([BM], tl.float32)
     peak = tl.full([BM], float("-inf"), tl.float32)
     size = tl.abs(scale)
+    full_begin = tl.minimum(tl.maximum(full_begin, begin), stop)
+    full_stop = tl.minimum(tl.maximum(full_stop, full_begin), stop)
     if shown is not None:
-        full_begin, full_stop = begin, begin
-    if BANDED and shown is None:
-        acc, total, peak = attend(
-            acc, total, peak, query, begin, tl.minimum(full_begin, stop), k_base, v_base, table, None, slots, low,
-            end, left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
-            D == 2 * P, CAPPED, PAGE, BN, True,
-        )
+        full_stop = full_begin
     if shown is None:
         acc, total, peak = attend(
-            acc, total, peak, query, tl.maximum(begin, full_begin), tl.minimum(full_stop, stop), k_base, v_base,
-            table, None, slots, low, end, left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b,
-            stride_v_t, k_columns, v_columns, D == 2 * P, CAPPED, PAGE, BN, False,
+            acc, total, peak, query, begin, full_begin, full_stop, stop, k_base, v_base, table, None, slots, low, end,
+            left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
+            D == 2 * P, CAPPED, PAGE, BN, False,
         )
     acc, total, peak = attend(
-        acc, total, peak, query, tl.maximum(begin, full_stop), stop, k_base, v_base, table, shown, slots, low, end,
+        acc, total, peak, query, begin, full_begin, full_stop, stop, k_base, v_base, table, shown, slots, low, end,
         left, right, size, softcap, stride_k_b, stride_k_t, stride_v_b, stride_v_t, k_columns, v_columns,
         D == 2 * P, CAPPED, PAGE, BN, True,
     )
@@ -236,39 +243,6 @@ def attention_kernel(
     log_sum = tl.where(sees, (peak + tl.log2(total)) * LN2, float("-inf"))
     tl.store(lse + split * stride_lse_s + batch * stride_lse_b + head * stride_lse_h + tokens, log_sum, mask=inside)
 # fmt: on
-
-
-@triton.jit(do_not_specialize=["B", "T", "splits", "stride_lse_b", "stride_lse_h"])
-def merge_kernel(
-    part_out, part_lse, out, lse, stride_out_b, stride_out_t, stride_out_h, stride_lse_b, stride_lse_h, B, T, splits,
-    HQ: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr
-):  # fmt: skip
-    """out = sum_s exp(lse_s - lse) out_s in the order of the splits; parts [S, B, T, HQ, D] and [S, B, HQ, T]."""
-    rows = B.to(tl.int64) * T * HQ
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    head, token, batch = row % HQ, row // HQ % T, row // HQ // T
-    column = tl.arange(0, C)[None, :]
-    mask = inside[:, None] & (column < D)
-    acc = tl.zeros([ROWS, C], tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    peak = tl.full([ROWS], float("-inf"), tl.float32)
-    for s in tl.range(0, splits):
-        at = part_lse + s * rows + (batch * HQ + head) * T + token
-        part = tl.load(at, mask=inside, other=float("-inf"))
-        new_peak = tl.maximum(peak, part)
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        shrink, grow = tl.exp(peak - base), tl.exp(part - base)
-        acc = acc * shrink[:, None]
-        acc += grow[:, None] * tl.load(part_out + (s * rows + row)[:, None] * D + column, mask=mask, other=0.0)
-        total = total * shrink + grow
-        peak = new_peak
-    sees = total > 0
-    total = tl.where(sees, total, 1.0)
-    at = out + (batch * stride_out_b + token * stride_out_t + head * stride_out_h)[:, None] + column
-    tl.store(at, tl.where(sees[:, None], acc / total[:, None], 0.0).to(out.dtype.element_ty), mask=mask)
-    log_sum = tl.where(sees, peak + tl.log(total), float("-inf"))
-    tl.store(lse + batch * stride_lse_b + head * stride_lse_h + token, log_sum, mask=inside)
 
 
 def _strides(x: torch.Tensor | None, count: int) -> tuple[int, ...]:
@@ -290,10 +264,8 @@ def _launch(q, k, v, out, lse, prologue, rows, cache, state_indices, appended, s
     H, R = (1, 1) if reads is None else reads.shape[2:]
     tiles = tile_count(B, T, cu_seqlens, tile.BM)
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out_strides, lse_strides = (
-        x.stride()[:-1] if x.dim() > y else (0, *x.stride()[:-1]) for x, y in ((out, 4), (lse, 3))
-    )
-    attention_kernel[(tiles * HQ * splits,)](
+    out_strides, lse_strides = (((0,) * 5 + x.stride())[-n:-1] for x, n in ((out, 5), (lse, 4)))
+    attention_fwd_kernel[(tiles * HQ * splits,)](
         q, k, v, out, lse, reads if delta_q is not None else None, delta_q, weight, cos, sin, positions,
         token_mask, cu_seqlens, cache_seqlens, leftpad, block_table, state_indices,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out_strides, *lse_strides,
@@ -301,9 +273,9 @@ def _launch(q, k, v, out, lse, prologue, rows, cache, state_indices, appended, s
         *_strides(positions, 1), *_strides(token_mask, 1), *_strides(block_table, 1),
         eps, scale, softcap, *window(causal, left, right), T, N, splits,
         HQ=HQ, G=HQ // k.shape[2], H=H, R=R, D=D, HALF=0 if cos is None else cos.shape[-1],
-        INTERLEAVED=interleaved and cos is not None, GATHERED=cos is not None and cos.dim() == 3, P=pair_count(D),
-        PAGE=0 if block_table is None else k.shape[1], APPENDED=appended, BANDED=left >= 0 or leftpad is not None,
-        CAPPED=softcap > 0, BM=tile.BM, BN=tile.BN, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        INTERLEAVED=interleaved and cos is not None, GATHERED=cos is not None and cos.dim() == 3,
+        P=max(8, pair_count(D)), PAGE=0 if block_table is None else k.shape[1], APPENDED=appended,
+        CAPPED=softcap > 0, **tile._asdict(),
     )  # fmt: skip
 
 
@@ -319,7 +291,7 @@ def delta_attention_fwd(
         prologue = (reads, delta_q, q_norm_weight, norm_eps, rotary_cos, rotary_sin, rotary_interleaved, positions)
         rows = (token_mask, cu_seqlens, max_seqlen)
         softmax = (softmax_scale, causal, window_left, window_right, softcap)
-        tile = tile or forward_tile(D, q.dtype, capability(q.device))
+        tile = tile or forward_tile(D, q.dtype, capability(q.device), token_mask is not None)
         _launch(q, k, v, out, lse, prologue, rows, (None, None, None), None, False, softmax, 1, tile)
     return out, lse
 
@@ -351,8 +323,52 @@ def delta_attention_with_kvcache(
     _launch(
         q, k_cache, v_cache, part_out, part_lse, prologue, rows, cache, state_indices, appended, softmax, splits, tile
     )  # fmt: skip
-    ROWS = 16
-    merge_kernel[(triton.cdiv(B * T * HQ, ROWS),)](
-        part_out, part_lse, out, lse, *out.stride()[:3], *lse.stride()[:2], B, T, splits,
-        HQ=HQ, D=D, C=triton.next_power_of_2(D), ROWS=ROWS, num_warps=4,
-    )  # fmt: skip
+    merge(part_out, part_lse, out, lse)
+
+
+def lowerings(device: tuple[int, int] = (9, 0)):
+    """Every (name, kernel, signature, constexprs, options) that a device's launchers pick: 32/8 heads, T = 8192."""
+    cases = {
+        "causal": {},
+        "packed": {"packed": True},
+        "masked": {"masked": True},
+        "window": {"left": 1024},
+        "softcap": {"softcap": 50.0},
+        "interleaved": {"interleaved": True},
+        "paged": {"page": 128},
+        "small pages": {"page": 16},
+        "dense cache": {"page": 0},
+    }
+    for D in (64, 96, 128, 256):
+        for dtype in (torch.bfloat16, torch.float32):
+            for case, options in cases.items():
+                if case == "causal" or (D == 128 and dtype == torch.bfloat16):
+                    yield from _lowered(f"D={D} {case}", D, dtype, device, **options)
+
+
+def _lowered(name, D, dtype, device, packed=False, masked=False, left=-1, softcap=0.0, interleaved=False, page=None):
+    T, HQ, HKV = 8192, 32, 8
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, k, v, lse = meta(1, T, HQ, D), meta(1, T, HKV, D), meta(1, T, HKV, D), meta(1, HQ, T, dtype=torch.float32)
+    table = meta(T, D // 2)
+    prologue = (meta(1, T, 1, 8, dtype=torch.float32), meta(HQ * D, 8), meta(D), 1e-6, table, table, interleaved, None)
+    mask = meta(1, T, dtype=torch.bool) if masked else None
+    rows = (mask, meta(9, dtype=torch.int32) if packed else None, 0)
+    softmax = (D**-0.5, True, left, -1, softcap)
+    forward = functools.partial(delta_attention_fwd, tile=forward_tile(D, dtype, device, masked))
+    if page is None:
+        yield from launches(name, forward, q, k, v, *prologue, *rows, *softmax)
+        backward = functools.partial(delta_attention_bwd, tiles=backward_tiles(D, dtype, device))
+        if not interleaved:
+            yield from launches(name, backward, q, q, k, v, q, lse, *rows, *softmax)
+        return
+    lengths, pages = meta(1, dtype=torch.int32), None
+    if page:
+        pages = meta(1, T // page, dtype=torch.int32)
+        k, v = (meta(T // page, page, HKV, D) for _ in range(2))
+    cached = functools.partial(delta_attention_with_kvcache, tile=forward_tile(D, dtype, device))
+    cache = (lengths, None, pages, None, True)
+    yield from launches(name, cached, q, k, v, *prologue, *rows, *cache, *softmax, 2, q, lse)

@@ -12,6 +12,7 @@ import torch
 from deltamem_kernels.ops import SEGMENT_LEN, tape_shape
 
 from .delta_scan_bwd import delta_scan_bwd
+from .lowering import launches
 from .scan_build import build_maps, gate_flags
 from .scan_plan import AHEAD, Plan, given, plan, width
 from .scan_replay import copy_states_kernel, replay_kernel
@@ -37,7 +38,7 @@ def _replay(
     replay_kernel[(cut.blocks(cut.slots[0], H),)](
         given(mem_q), *map(given, (mem_k, mem_v, beta, lam) if write else (None,) * 4), *map(given, biases),
         given(token_mask), cu_seqlens, given(start), start_slots, has_initial, maps, map_biases,
-        given(final), given(final_slots) if per_token else final_slots, tape, given(reads),
+        given(final), given(final_slots), tape, given(reads),
         T, N, H, cut.L, cut.slots[0], cut.second, cut.third,
         R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, WRITE=write, PER_TOKEN=per_token,
         COPIED=copied, TAPE=tape_len, ONE=T == 1, LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup,
@@ -89,3 +90,45 @@ def delta_scan_with_state_pool(
         start, state_indices, None if copied else has_initial_state, copied, state_pool, output_state_indices,
         None, 0, reads,
     )  # fmt: skip
+
+
+def lowerings():
+    """Every (name, kernel, signature, constexprs, options) that the launchers pick, at sizes of an 8B model."""
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def tokens(B, T, H, R, dtype, gate, free):
+        q, k, v = (meta(B, T, H, R, dtype=dtype) for _ in range(3))
+        return q, k, v, meta(B, T, H, gate, dtype=dtype), meta(B, T, H, gate, dtype=dtype) if free else None
+
+    half, full = torch.bfloat16, torch.float32
+    for B, T, H, R, dtype, gate, free, raw, rule in (
+        (1, 8192, 1, 8, half, 8, False, False, "standard"),
+        (1, 131072, 1, 8, half, 8, False, True, "standard"),
+        (1, 8192, 4, 8, full, 8, True, True, "lambda_outside"),
+        (1, 8192, 1, 8, half, 1, False, False, "standard"),
+        (1, 8192, 1, 4, half, 4, False, False, "no_lambda"),
+        (1, 8192, 1, 16, half, 16, False, False, "standard"),
+        (1, 8192, 1, 16, full, 1, True, True, "standard"),
+        (1, 8192, 1, 32, half, 32, False, False, "standard"),
+        (1, 8192, 1, 64, half, 64, False, True, "standard"),
+    ):
+        memory = tokens(B, T, H, R, dtype, gate, free)
+        biases = (meta(H, gate) if raw else None, meta(H, gate) if raw and free else None)
+        options = (None, None, None, *biases, rule, True, raw, raw, 0)
+        name = f"T={T} H={H} R={R} gate={gate}{' raw' if raw else ''}{' free' if free else ''} {rule}"
+        yield from launches(name, delta_scan_fwd, *memory, *options, True)
+        tape = meta(*tape_shape(memory[0], None, 0))
+        yield from launches(name, delta_scan_bwd, meta(B, T, H, R), None, *memory, *options, tape)
+    for T, R in ((1, 8), (1, 16), (4, 8), (8192, 8)):
+        memory = tokens(1 if T > 4 else 64, T, 1, R, half, R, False)
+        pool, slots = meta(128, 1, R, R), meta(memory[0].shape[0], dtype=torch.int32)
+        name, reads = f"pool T={T} R={R} raw", meta(*memory[0].shape)
+        options = (None, None, meta(1, R), None, "standard", True, True, True, reads)
+        yield from launches(name, delta_scan_with_state_pool, *memory, pool, slots, None, None, *options)
+    packed, cu_seqlens = tokens(1, 32768, 1, 8, half, 8, False), meta(9, dtype=torch.int32)
+    options = (None, None, cu_seqlens, None, None, "standard", True, False, False, 0)
+    yield from launches("packed T=32768 R=8", delta_scan_fwd, *packed, *options, True)
+    tape = meta(*tape_shape(packed[0], cu_seqlens, 0))
+    yield from launches("packed T=32768 R=8", delta_scan_bwd, meta(1, 32768, 1, 8), None, *packed, *options, tape)

@@ -1,8 +1,8 @@
 """How a scan is cut: lanes, segments, groups, and the width of loads. Decided on the host from shapes alone.
 
-    threads     a warp per program: even T = 8192 fills 128 SMs' worth of programs
-    R <= 16     a row of S per lane. R = 32, 64: a row over 2, 4 lanes, 16 channels each
-    segments    `segment_len` tokens (64: at R = 8 the map of a segment is then 1/8 of the states it stands for)
+threads     a warp per program: even T = 8192 fills 128 SMs' worth of programs
+R <= 16     a row of S per lane. R = 32, 64: a row over 2, 4 lanes, 16 channels each
+segments    `segment_len` tokens (64: at R = 8 the map of a segment is then 1/8 of the states it stands for)
 """
 
 from typing import NamedTuple

@@ -176,6 +176,7 @@ def reverse_kernel(
             for u in tl.static_range(U):
                 state = _write(state, taken[u], b_bias, l_bias, NB, RULE, COUPLED, ACT, GATE, WRITE)
             t += U
+        tl.debug_barrier()  # whichever threads hold a checkpoint's parts, here and there
 
         t = (steps + U - 1) // U * U - U
         while t >= 0:
@@ -204,12 +205,11 @@ def reverse_kernel(
                     state = _write(state, taken[u], b_bias, l_bias, NB, RULE, COUPLED, ACT, GATE, WRITE)
 
             for i in tl.static_range(U):
-                u: tl.constexpr = U - 1 - i
-                now = token + t + u
-                inside = t + u < size
+                now = token + t + (U - 1 - i)
+                inside = t + (U - 1 - i) < size
                 g, own_q, own_k, dvalue, db, dl = _token_back(
-                    g, states[u], drs[u], taken[u], b_bias, l_bias, row, RP, NB, SHARED, LAM_SHARED, RULE, COUPLED,
-                    ACT, GATE, WRITE,
+                    g, states[U - 1 - i], drs[U - 1 - i], taken[U - 1 - i], b_bias, l_bias, row, RP, NB, SHARED,
+                    LAM_SHARED, RULE, COUPLED, ACT, GATE, WRITE,
                 )  # fmt: skip
                 _store_value(dq, batch, now, h, first + row, inside & stores_column, own_q)
                 _store_value(dk, batch, now, h, first + row, inside & stores_column, own_k)
@@ -219,10 +219,11 @@ def reverse_kernel(
                 b_sum += db
                 l_sum += dl
             t -= U
+        tl.debug_barrier()
         part -= 1
 
     if not WRITE:
-        store_columns(biases, bias_offset(slot, H, h, row, RP), (slot < slots) & (block == 0), 0, g, RP)
+        store_columns(biases, bias_offset(slot, H, h, row, RP) + first, slot < slots, 0, g, RP)
     elif dstart is not None:
         store_state(dstart, n, h, row, first, held & (s == 0), g, R)
     share = (slot < slots) & (block == 0)

@@ -1,4 +1,8 @@
 // Gradients of the scan: segment after segment from the last, each replayed from its start state on the tape.
+// A thread takes a row and head. Where these are fewer than the threads, the threads share out segments: a
+// cheap pass ahead carries the state's gradient alone from segment to segment. Both ways give the same bits.
+#include <sched.h>
+
 #include "cpu/kernels.h"
 #include "cpu/scan_kernel.h"
 
@@ -32,107 +36,264 @@ void activation_bwd(const StepGradients::Target& d, const Stream& z, const float
   }
 }
 
-// One thread's pass over one row and head.
-class RowReverse {
- public:
-  RowReverse(const DeltaScanBwdParams& p, int64_t row, int64_t head, double* dbeta_bias, double* dlam_bias)
-      : p_(p),
-        m_(p.fwd.memory),
-        row_(row),
-        head_(head),
-        rank_(m_.mem_q.size[3]),
-        width_(padded_rank(rank_)),
-        span_(row_span(p.fwd.rows, row, m_.mem_q.size[1])),
-        segment_(min(p.fwd.segment_len, span_.length)),
-        loader_(m_, segment_),
-        state_(width_ * width_),
-        dstate_(width_ * width_),
-        history_(m_.write ? segment_ * width_ * width_ : 0),
-        recalled_(segment_ * width_),
-        gradients_(5 * segment_ * width_),
-        runs_(2 * segment_),
-        dbeta_bias_(dbeta_bias),
-        dlam_bias_(dlam_bias) {}
+// One row and head. Its segments are `first` and on among those of all rows, as on the tape.
+struct Sequence {
+  int64_t row, head;
+  Span span;
+  int64_t first, segments;
+};
 
-  void run() {
-    const int64_t L = p_.fwd.segment_len, segments = ceil_div(span_.length, L);
-    const int64_t first = p_.fwd.rows.cu_seqlens ? span_.start / L + row_ : row_ * segments;
-    load_state(p_.dfinal_state, row_, head_, rank_, dstate_);
-    if (!m_.write) load_state(p_.fwd.initial_state, row_, head_, rank_, state_);
-    for (int64_t s = segments - 1; s >= 0; --s) {
-      if (m_.write) load_state(p_.fwd.tape, first + s, head_, rank_, state_);
-      reverse_segment(span_.start + s * L, min(L, span_.length - s * L));
+Sequence sequence_of(const DeltaScanBwdParams& p, int64_t item) {
+  const Tensor& q = p.fwd.memory.mem_q;
+  const int64_t heads = q.size[2], row = item / heads, L = p.fwd.segment_len;
+  const Span span = row_span(p.fwd.rows, row, q.size[1]);
+  const int64_t segments = ceil_div(span.length, L);
+  return {row, item % heads, span, p.fwd.rows.cu_seqlens ? span.start / L + row : row * segments, segments};
+}
+
+// The work of a call, shared by its threads.
+struct Work {
+  const int64_t items, heads, state_size;
+  int64_t longest = 0, slots = 0;  // segments of an item, and of all rows, at most
+  bool chained = false;            // threads share segments
+  int threads;
+  int64_t next_item = 0, next_segment = 0;
+
+  Work(const DeltaScanBwdParams& p, int num_threads)
+      : items(num_rows(p.fwd.rows, p.fwd.memory.mem_q.size[0]) * p.fwd.memory.mem_q.size[2]),
+        heads(p.fwd.memory.mem_q.size[2]),
+        state_size(padded_rank(p.fwd.memory.mem_q.size[3]) * padded_rank(p.fwd.memory.mem_q.size[3])) {
+    for (int64_t i = 0; i < items; i += heads) {
+      const Sequence x = sequence_of(p, i);
+      longest = max(longest, x.segments);
+      slots = x.first + x.segments;
     }
-    if (p_.dinitial_state) store_state(p_.dinitial_state, row_, head_, dstate_);
+    // A chain takes about a third of the time of its segments' gradients.
+    chained = 4 * items <= 3 * num_threads && longest >= kChained;
+    threads = team(num_threads, chained ? 4 * items : items);
+  }
+
+  // The next piece, in order.
+  static int64_t claim(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
+
+ private:
+  static constexpr int64_t kChained = 8;  // fewer segments are not worth waking a thread
+};
+
+// The gradients of the states after the segments, and of every item, how many of its are known, from the
+// last.
+struct Chains {
+  explicit Chains(const Work& work)
+      : work_(work),
+        dstates_(work.chained ? work.slots * work.heads * work.state_size : 0),
+        known_(kLine * work.items) {
+    for (int64_t i = 0; i < work.items; ++i) known_[kLine * i] = 0;
+  }
+  float* dstate(const Sequence& x, int64_t segment) {
+    return dstates_ + ((x.first + segment) * work_.heads + x.head) * work_.state_size;
+  }
+  void publish(int64_t item, int64_t count) {
+    __atomic_store_n(&known_[kLine * item], count, __ATOMIC_RELEASE);
+  }
+  void wait(int64_t item, int64_t count) {
+    for (int spins = 0; __atomic_load_n(&known_[kLine * item], __ATOMIC_ACQUIRE) < count; ++spins) {
+      if (spins < kSpins) {
+        pause();
+      } else {
+        sched_yield();  // the chain's thread may want this core
+      }
+    }
   }
 
  private:
-  // Tokens [first, first + count): every run of unmasked tokens forward, then backward.
-  void reverse_segment(int64_t first, int64_t count) {
-    int64_t runs = 0, tokens = 0;
-    Steps steps;
-    for (int64_t t = first; t < first + count;) {
-      const int64_t n = run_length(p_.fwd.rows, span_.batch, t, first + count - t);
-      if (n == 0) {
-        zero_gradients(t++);
-        continue;
-      }
-      steps = loader_.load(span_.batch, t, n, head_);
-      if (m_.write) {
-        replay(m_.update_rule, state_, steps, n, history_ + tokens * width_ * width_,
-               recalled_ + tokens * width_);
-      }
-      runs_[2 * runs] = t, runs_[2 * runs + 1] = n;
-      ++runs, tokens += n, t += n;
+  static constexpr int64_t kLine = 64 / sizeof(int64_t);  // a cache line each
+  static constexpr int kSpins = 1000;
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  const Work& work_;
+  Buffer<float> dstates_;
+  Buffer<int64_t> known_;
+};
+
+// What gate biases receive of every segment: [segments, heads, 2 (beta, lam), kMaxRank].
+struct BiasParts {
+  BiasParts(const DeltaScanBwdParams& p, const Work& work)
+      : heads_(work.heads),
+        parts_(p.dbeta_bias || p.dlam_bias ? work.slots * work.heads * 2 * kMaxRank : 0) {}
+  double* at(const Sequence& x, int64_t segment) {
+    return parts_ + ((x.first + segment) * heads_ + x.head) * 2 * kMaxRank;
+  }
+
+ private:
+  int64_t heads_;
+  Buffer<double> parts_;
+};
+
+// One thread's passes over segments.
+class SegmentReverse {
+ public:
+  SegmentReverse(const DeltaScanBwdParams& p, Chains& chains, BiasParts& bias)
+      : p_(p),
+        m_(p.fwd.memory),
+        chains_(chains),
+        bias_(bias),
+        rank_(m_.mem_q.size[3]),
+        width_(padded_rank(rank_)),
+        state_size_(width_ * width_),
+        segment_(min(p.fwd.segment_len, m_.mem_q.size[1])),
+        loader_(m_, segment_),
+        state_(state_size_),
+        dstate_(state_size_),
+        history_(m_.write ? segment_ * state_size_ : 0),
+        recalled_(segment_ * width_),
+        gradients_(5 * segment_ * width_),
+        runs_(segment_) {}
+
+  // A whole row and head.
+  void reverse_item(int64_t item) {
+    start(item);
+    for (int64_t s = x_.segments - 1; s >= 0; --s) reverse_segment(s);
+    finish();
+  }
+
+  // Only the gradients of its states, published for reverse_published.
+  void chain_item(int64_t item) {
+    start(item);
+    for (int64_t s = x_.segments - 1; s >= 0; --s) {
+      std::memcpy(chains_.dstate(x_, s), dstate_, state_size_ * sizeof(float));
+      chains_.publish(item, x_.segments - s);
+      carry_segment(s);
     }
-    for (int64_t r = runs - 1; r >= 0; --r) {
-      const int64_t t = runs_[2 * r], n = runs_[2 * r + 1];
-      if (r < runs - 1) steps = loader_.load(span_.batch, t, n, head_);
-      tokens -= n;
-      reverse_run(steps, t, n, tokens);
+    finish();
+  }
+
+  // The segment that `later` ones of its row follow, once its chain has come so far.
+  void reverse_published(int64_t item, int64_t later) {
+    x_ = sequence_of(p_, item);
+    const int64_t s = x_.segments - 1 - later;
+    if (s < 0) return;
+    chains_.wait(item, later + 1);
+    std::memcpy(dstate_, chains_.dstate(x_, s), state_size_ * sizeof(float));
+    reverse_segment(s);
+  }
+
+ private:
+  struct Run {
+    int64_t first, count;
+  };
+
+  void start(int64_t item) {
+    x_ = sequence_of(p_, item);
+    load_state(p_.dfinal_state, x_.row, x_.head, rank_, dstate_);
+  }
+  void finish() {
+    if (p_.dinitial_state) store_state(p_.dinitial_state, x_.row, x_.head, dstate_);
+  }
+
+  int64_t begin_of(int64_t segment) { return x_.span.start + segment * p_.fwd.segment_len; }
+  int64_t end_of(int64_t segment) { return min(begin_of(segment + 1), x_.span.start + x_.span.length); }
+
+  // The runs of unmasked tokens of a segment, to runs_.
+  int64_t find_runs(int64_t segment) {
+    int64_t runs = 0;
+    for (int64_t t = begin_of(segment), end = end_of(segment); t < end;) {
+      const int64_t n = run_length(p_.fwd.rows, x_.span.batch, t, end - t);
+      if (n > 0) runs_[runs++] = {t, n};
+      t += n > 0 ? n : 1;
+    }
+    return runs;
+  }
+
+  Steps load(const Run& run, bool pairs) {
+    return loader_.load(x_.span.batch, run.first, run.count, x_.head, pairs);
+  }
+  Stream dreads_of(const Run& run) {
+    if (!p_.dreads) return {kZeros, 0};
+    return loader_.rows(p_.dreads, x_.span.batch, run.first, run.count, x_.head);
+  }
+
+  void carry_segment(int64_t segment) {
+    for (int64_t r = find_runs(segment) - 1; r >= 0; --r) {
+      const Steps steps = load(runs_[r], false);
+      if (m_.write) {
+        carry(m_.update_rule, dstate_, steps, runs_[r].count, dreads_of(runs_[r]));
+      } else {
+        carry_read_only(dstate_, steps, runs_[r].count, dreads_of(runs_[r]));
+      }
     }
   }
 
-  void reverse_run(const Steps& steps, int64_t first, int64_t count, int64_t recorded) {
-    Stream dreads{kZeros, 0};
-    if (p_.dreads) dreads = loader_.rows(p_.dreads, span_.batch, first, count, head_);
+  // Every run forward from the state on the tape, then backward.
+  void reverse_segment(int64_t segment) {
+    load_state(m_.write ? p_.fwd.tape : p_.fwd.initial_state, m_.write ? x_.first + segment : x_.row, x_.head,
+               rank_, state_);
+    dbias_ = bias_.at(x_, segment);
+    if (p_.dbeta_bias || p_.dlam_bias) std::memset(dbias_, 0, 2 * kMaxRank * sizeof(double));
+    const int64_t runs = find_runs(segment);
+    int64_t tokens = 0, t = begin_of(segment);
+    Steps steps;
+    for (int64_t r = 0; r < runs; ++r) {
+      for (; t < runs_[r].first; ++t) zero_gradients(t);
+      steps = load(runs_[r], true);
+      if (m_.write) {
+        replay(m_.update_rule, state_, steps, runs_[r].count, history_ + tokens * state_size_,
+               recalled_ + tokens * width_);
+      }
+      tokens += runs_[r].count, t += runs_[r].count;
+    }
+    for (; t < end_of(segment); ++t) zero_gradients(t);
+    for (int64_t r = runs - 1; r >= 0; --r) {
+      if (r < runs - 1) steps = load(runs_[r], false);
+      tokens -= runs_[r].count;
+      reverse_run(steps, runs_[r], tokens);
+    }
+  }
+
+  void reverse_run(const Steps& steps, const Run& run, int64_t recorded) {
+    const int64_t first = run.first, count = run.count;
+    const Stream dreads = dreads_of(run);
     StepGradients to;
     to.q = target(p_.dmem_q, 0, first, m_.qk_activation);
     if (!m_.write) {
-      reverse_read_only(dstate_, steps, count, state_, dreads, to);
+      carry_read_only(dstate_, steps, count, dreads);
+      reverse_read_only(steps, count, state_, dreads, to);
       return finish_activated(p_.dmem_q, to.q, steps.q, steps.q_norm, first, count);
     }
     to.k = target(p_.dmem_k, 1, first, m_.qk_activation);
     to.v = target(p_.dmem_v, 2, first, false);
     to.beta = target(p_.dbeta, 3, first, m_.gate);
     if (steps.lam.data) to.lam = target(p_.dlam, 4, first, m_.gate);
-    reverse(m_.update_rule, dstate_, steps, count, history_ + recorded * width_ * width_,
+    reverse(m_.update_rule, dstate_, steps, count, history_ + recorded * state_size_,
             recalled_ + recorded * width_, dreads, to);
     finish_activated(p_.dmem_q, to.q, steps.q, steps.q_norm, first, count);
     finish_activated(p_.dmem_k, to.k, steps.k, steps.k_norm, first, count);
     store_rows(p_.dmem_v, to.v, first, count);
-    finish_gate(p_.dbeta, to.beta, steps.beta, dbeta_bias_, first, count);
-    if (steps.lam.data) finish_gate(p_.dlam, to.lam, steps.lam, dlam_bias_, first, count);
+    finish_gate(p_.dbeta, to.beta, steps.beta, p_.dbeta_bias ? dbias_ : nullptr, first, count);
+    if (!steps.lam.data) return;
+    finish_gate(p_.dlam, to.lam, steps.lam, p_.dlam_bias ? dbias_ + kMaxRank : nullptr, first, count);
   }
 
   // The result's own rows where they can take a gradient as the kernel leaves it, else scratch.
   StepGradients::Target target(const Tensor& d, int slot, int64_t first, bool unfinished) {
     if (!unfinished && d.dtype == DType::f32 && d.size[3] == width_) {
-      return {d.at<float>(span_.batch, first, head_), d.stride[1]};
+      return {d.at<float>(x_.span.batch, first, x_.head), d.stride[1]};
     }
     return {gradients_ + slot * segment_ * width_, width_};
   }
 
   bool in_place(const Tensor& d, const StepGradients::Target& x, int64_t first) {
-    return d.dtype == DType::f32 && x.data == d.at<float>(span_.batch, first, head_);
+    return d.dtype == DType::f32 && x.data == d.at<float>(x_.span.batch, first, x_.head);
   }
 
   void store_rows(const Tensor& d, const StepGradients::Target& x, int64_t first, int64_t count) {
     if (in_place(d, x, first)) return;
     const bool whole =
         d.size[3] == x.stride && d.stride[1] == x.stride;  // one stretch of memory on both sides
-    if (whole) return store_row(d, span_.batch, first, head_, x.data, count * x.stride);
-    for (int64_t t = 0; t < count; ++t) store_row(d, span_.batch, first + t, head_, x.at(t), d.size[3]);
+    if (whole) return store_row(d, x_.span.batch, first, x_.head, x.data, count * x.stride);
+    for (int64_t t = 0; t < count; ++t) store_row(d, x_.span.batch, first + t, x_.head, x.at(t), d.size[3]);
   }
 
   // Through z = y / max(|y|, eps), y = tanh(x), where the caller left it to the scan.
@@ -154,7 +315,7 @@ class RowReverse {
       for (int64_t i = 1; entries == 1 && i < rank_; ++i) dx[0] += dx[i];
       for (int64_t i = 0; m_.gate && i < entries; ++i) {
         dx[i] = sigmoid_bwd(dx[i], gate.at(t)[i]);
-        dbias[i] += dx[i];
+        if (dbias != nullptr) dbias[i] += dx[i];
       }
     }
     store_rows(d, x, first, count);
@@ -162,20 +323,22 @@ class RowReverse {
 
   void zero_gradients(int64_t token) {
     for (const Tensor* d : {&p_.dmem_q, &p_.dmem_k, &p_.dmem_v, &p_.dbeta, &p_.dlam}) {
-      if (*d) store_row(*d, span_.batch, token, head_, kZeros, d->size[3]);
+      if (*d) store_row(*d, x_.span.batch, token, x_.head, kZeros, d->size[3]);
     }
   }
 
   const DeltaScanBwdParams& p_;
   const Memory& m_;
-  const int64_t row_, head_, rank_;
+  Chains& chains_;
+  BiasParts& bias_;
+  const int64_t rank_;
   const int width_;
-  const Span span_;
-  const int64_t segment_;
+  const int64_t state_size_, segment_;
   StepsLoader loader_;
   Buffer<float> state_, dstate_, history_, recalled_, gradients_;
-  Buffer<int64_t> runs_;
-  double *dbeta_bias_, *dlam_bias_;
+  Buffer<Run> runs_;
+  Sequence x_{};
+  double* dbias_ = nullptr;  // of the segment in hand
 };
 
 void zero_tokens(const Tensor& d, int64_t first) {
@@ -187,15 +350,18 @@ void zero_tokens(const Tensor& d, int64_t first) {
   }
 }
 
-// Sums the items' parts [rows, heads, kMaxRank] over the rows, in their order.
-void sum_bias(const Tensor& d, const double* parts, int64_t rows) {
+// Sums the segments' parts (from `offset` in each on) in the order of rows and segments.
+void sum_bias(const Tensor& d, const DeltaScanBwdParams& p, BiasParts& parts, int64_t items, int offset) {
   if (!d) return;
   for (int64_t h = 0; h < d.size[0]; ++h) {
-    for (int64_t i = 0; i < d.size[1]; ++i) {
-      double sum = 0;
-      for (int64_t row = 0; row < rows; ++row) sum += parts[(row * d.size[0] + h) * kMaxRank + i];
-      d.at<float>(h)[i] = static_cast<float>(sum);
+    double sums[kMaxRank] = {};
+    for (int64_t item = h; item < items; item += d.size[0]) {
+      const Sequence x = sequence_of(p, item);
+      for (int64_t s = 0; s < x.segments; ++s) {
+        for (int64_t i = 0; i < d.size[1]; ++i) sums[i] += parts.at(x, s)[offset + i];
+      }
     }
+    for (int64_t i = 0; i < d.size[1]; ++i) d.at<float>(h)[i] = static_cast<float>(sums[i]);
   }
 }
 
@@ -203,17 +369,23 @@ void sum_bias(const Tensor& d, const double* parts, int64_t rows) {
 
 void delta_scan_bwd(const DeltaScanBwdParams& p, int num_threads) {
   const Memory& m = p.fwd.memory;
-  const int64_t rows = num_rows(p.fwd.rows, m.mem_q.size[0]), heads = m.mem_q.size[2], items = rows * heads;
-  Buffer<double> dbias(2 * items * kMaxRank);
-  std::memset(dbias.data, 0, 2 * items * kMaxRank * sizeof(double));
-  double *dbeta_bias = dbias.data, *dlam_bias = dbias.data + items * kMaxRank;
-#pragma omp parallel for num_threads(team(num_threads, items)) schedule(dynamic) if (items > 1)
-  for (int64_t item = 0; item < items; ++item) {
-    RowReverse(p, item / heads, item % heads, dbeta_bias + item * kMaxRank, dlam_bias + item * kMaxRank)
-        .run();
+  Work work(p, num_threads);
+  Chains chains(work);
+  BiasParts bias(p, work);
+#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
+  {
+    SegmentReverse thread(p, chains, bias);
+    // All chains are taken before any thread waits for one.
+    for (int64_t i; (i = Work::claim(work.next_item)) < work.items;) {
+      work.chained ? thread.chain_item(i) : thread.reverse_item(i);
+    }
+    const int64_t segments = work.chained ? work.longest * work.items : 0;
+    for (int64_t i; (i = Work::claim(work.next_segment)) < segments;) {
+      thread.reverse_published(i % work.items, i / work.items);
+    }
   }
-  sum_bias(p.dbeta_bias, dbeta_bias, rows);
-  sum_bias(p.dlam_bias, dlam_bias, rows);
+  sum_bias(p.dbeta_bias, p, bias, work.items, 0);
+  sum_bias(p.dlam_bias, p, bias, work.items, kMaxRank);
 
   // What no run has filled: tokens past the last sequence, inputs that the rule does not take.
   const int64_t end = p.fwd.rows.cu_seqlens ? packed_end(p.fwd.rows) : m.mem_q.size[1];

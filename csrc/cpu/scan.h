@@ -34,8 +34,9 @@ class StepsLoader {
   // For runs of at most `block` tokens.
   StepsLoader(const Memory& memory, int64_t block);
 
-  // Prepares tokens [first, first + count) of batch row `batch`; valid until the next call.
-  Steps load(int64_t batch, int64_t first, int64_t count, int64_t head);
+  // Prepares tokens [first, first + count) of batch row `batch`; valid until the next call. Steps::pairs may
+  // be left out.
+  Steps load(int64_t batch, int64_t first, int64_t count, int64_t head, bool pairs = true);
 
   // Rows of one more tensor of the same tokens, valid as long as the Steps loaded before.
   Stream rows(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head, bool fresh = false);
@@ -83,9 +84,12 @@ struct StepGradients {
 // themselves; a coupled beta's is total.
 void reverse(UpdateRule rule, float* dstate, const Steps& steps, int64_t count, const float* history,
              const float* recalled, const Stream& dreads, const StepGradients& out);
+// The gradient of the state alone, the same to the bit.
+void carry(UpdateRule rule, float* dstate, const Steps& steps, int64_t count, const Stream& dreads);
 // Of reads = S q with one S: dq, and what the run adds to dstate.
-void reverse_read_only(float* dstate, const Steps& steps, int64_t count, const float* state,
-                       const Stream& dreads, const StepGradients& out);
+void reverse_read_only(const Steps& steps, int64_t count, const float* state, const Stream& dreads,
+                       const StepGradients& out);
+void carry_read_only(float* dstate, const Steps& steps, int64_t count, const Stream& dreads);
 
 // What one thread needs to scan rows of up to `tokens` tokens.
 struct ScanScratch {

@@ -51,6 +51,55 @@ void replay_rows(float* state, const Steps& steps, int row, int64_t count, float
   for (int j = 0; j < cols; ++j) store_lanes<W>(state + j * width + row, s[j]);
 }
 
+// One column of g_{t-1}. Both kernels that carry g round it the same way, so that a segment may start from
+// either's; taken = erase h.
+template <int W>
+inline __attribute__((always_inline)) RowOf<W> previous(RowOf<W> g, RowOf<W> keep, RowOf<W> taken,
+                                                        RowOf<W> dr, float k, float q) {
+  return fma<W>(-taken, broadcast_lanes<W>(k), fma<W>(dr, broadcast_lanes<W>(q), keep * g));
+}
+
+// W rows of the state's gradient alone.
+template <UpdateRule RULE, bool COUPLED, int W, int COLS>
+void carry_rows(float* dstate, const Steps& steps, int row, int64_t count, const Stream& dreads) {
+  using V = RowOf<W>;
+  const Steps x = steps;
+  const Stream reads = dreads;
+  const int cols = COLS ? COLS : x.width;
+  V g[COLS ? COLS : kMaxRank];
+#pragma GCC unroll 16
+  for (int j = 0; j < cols; ++j) g[j] = load_lanes<W>(dstate + j * cols + row);
+  for (int64_t t = count - 1; t >= 0; --t) {
+    const float *k = x.k.at(t), *q = x.q.at(t);
+    V h[1], dr = load_lanes<W>(reads.at(t) + row);
+    multiply<W, COLS, 1>(g, cols, {k}, h);
+    auto w = write_of<RULE, COUPLED, W>(x, t, row);
+    V taken = w.erase * h[0];
+#pragma GCC unroll 16
+    for (int j = 0; j < cols; ++j) g[j] = previous<W>(g[j], w.keep, taken, dr, k[j], q[j]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < cols; ++j) store_lanes<W>(dstate + j * cols + row, g[j]);
+}
+
+// The same where nothing is written: what the reads add.
+template <int W, int COLS>
+void carry_reads(float* dstate, const Steps& x, int row, int64_t count, const Stream& dreads) {
+  using V = RowOf<W>;
+  const int cols = COLS ? COLS : x.width;
+  V g[COLS ? COLS : kMaxRank];
+#pragma GCC unroll 16
+  for (int j = 0; j < cols; ++j) g[j] = load_lanes<W>(dstate + j * cols + row);
+  for (int64_t t = count - 1; t >= 0; --t) {
+    const float* q = x.q.at(t);
+    V dr = load_lanes<W>(dreads.at(t) + row);
+#pragma GCC unroll 16
+    for (int j = 0; j < cols; ++j) g[j] = fma<W>(dr, broadcast_lanes<W>(q[j]), g[j]);
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < cols; ++j) store_lanes<W>(dstate + j * cols + row, g[j]);
+}
+
 // All rows: dq and dk are sums over them.
 template <UpdateRule RULE, bool COUPLED, int W, int COLS>
 void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float* history,
@@ -67,7 +116,7 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
   }
   for (int64_t t = count - 1; t >= 0; --t) {
     const float *k = x.k.at(t), *q = x.q.at(t), *s = history + t * width * width;
-    V keep[kGroups], u[kGroups], taken[kGroups], dr[kGroups];  // taken = erase h
+    V keep[kGroups], u[kGroups], taken[kGroups], dr[kGroups];
 #pragma GCC unroll 2
     for (int i = 0; i < groups; ++i) {
       const int row = i * W;
@@ -117,8 +166,7 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
     for (int i = 0; i < groups; ++i) {
 #pragma GCC unroll 16
       for (int j = 0; j < cols; ++j) {
-        g[i][j] = fma<W>(-taken[i], broadcast_lanes<W>(k[j]),
-                         fma<W>(dr[i], broadcast_lanes<W>(q[j]), keep[i] * g[i][j]));
+        g[i][j] = previous<W>(g[i][j], keep[i], taken[i], dr[i], k[j], q[j]);
       }
     }
   }
@@ -130,19 +178,16 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
 }
 
 template <int W>
-void reverse_reads(float* dstate, const Steps& x, int64_t count, const float* state, const Stream& dreads,
+void reverse_reads(const Steps& x, int64_t count, const float* state, const Stream& dreads,
                    const StepGradients& out) {
   const int width = x.width;
   for (int64_t t = 0; t < count; ++t) {
-    const float *q = x.q.at(t), *dr = dreads.at(t);
+    const float* dr = dreads.at(t);
     for (int block = 0; block < width; block += W) {
       RowOf<W> dq[W] = {};
       for (int c = 0; c < W; ++c) {
-        const int64_t column = (block + c) * width;
         for (int row = 0; row < width; row += W) {
-          RowOf<W> d = load_lanes<W>(dr + row), g = load_lanes<W>(dstate + column + row);
-          dq[c] = d * load_lanes<W>(state + column + row) + dq[c];
-          store_lanes<W>(dstate + column + row, d * q[block + c] + g);
+          dq[c] = load_lanes<W>(dr + row) * load_lanes<W>(state + (block + c) * width + row) + dq[c];
         }
       }
       store_lanes<W>(out.q.at(t) + block, lane_sums<W>(dq));
@@ -171,10 +216,27 @@ void reverse(UpdateRule rule, float* dstate, const Steps& steps, int64_t count, 
   });
 }
 
-void reverse_read_only(float* dstate, const Steps& steps, int64_t count, const float* state,
-                       const Stream& dreads, const StepGradients& out) {
-  dispatch_rank(steps.width, [&](auto lanes, auto) {
-    reverse_reads<lanes.value>(dstate, steps, count, state, dreads, out);
+void reverse_read_only(const Steps& steps, int64_t count, const float* state, const Stream& dreads,
+                       const StepGradients& out) {
+  dispatch_rank(steps.width,
+                [&](auto lanes, auto) { reverse_reads<lanes.value>(steps, count, state, dreads, out); });
+}
+
+void carry(UpdateRule rule, float* dstate, const Steps& steps, int64_t count, const Stream& dreads) {
+  dispatch_kernel(rule, steps, [&](auto rule, auto coupled, auto lanes, auto columns) {
+    constexpr int W = decltype(lanes)::value;
+    for (int row = 0; row < steps.width; row += W) {
+      carry_rows<UpdateRule(rule.value), coupled.value, W, columns.value>(dstate, steps, row, count, dreads);
+    }
+  });
+}
+
+void carry_read_only(float* dstate, const Steps& steps, int64_t count, const Stream& dreads) {
+  dispatch_rank(steps.width, [&](auto lanes, auto columns) {
+    constexpr int W = decltype(lanes)::value;
+    for (int row = 0; row < steps.width; row += W) {
+      carry_reads<W, columns.value>(dstate, steps, row, count, dreads);
+    }
   });
 }
 
