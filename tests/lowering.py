@@ -6,7 +6,7 @@ Arguments are parts of names: only configurations that contain one of them. Must
 """
 
 import argparse
-import importlib.util
+import importlib
 import inspect
 import json
 import multiprocessing
@@ -37,8 +37,11 @@ EXACT = ("delta_scan", "delta_prep", "delta_output")
 PRODUCTS = ("delta_attention", "delta_decode")
 STREAMING = ("delta_prep", "delta_output")
 HALF, MAIN = re.compile(r" (bf16|fp16) "), re.compile(r"^(attention|decode|prep|output)_\w*kernel .*")
-# part of a name -> targets on which it may: addresses, once per query head, outside the loop over tiles
-MAY_SPILL: dict[str, tuple[str, ...]] = {"attention_bwd_dkdv_kernel bf16": ("sm_90",)}
+# part of a name -> targets on which it may spill
+MAY_SPILL: dict[str, tuple[str, ...]] = {
+    "attention_bwd_dkdv_kernel bf16": ("sm_90",),  # addresses, once per query head, outside the loop over tiles
+    "decode_split_kernel fp32": tuple(TARGETS),  # FMA dots hold whole rows of both operands in registers
+}
 SAMPLE = 8  # configurations per module that a test run compiles
 
 # what a table row counts in a kernel's assembly
@@ -56,8 +59,8 @@ INSTRUCTIONS = {
 
 def lowerings(module, target):
     """What the module's launchers pick; on that target, where they pick by device."""
-    found = getattr(importlib.import_module(f"deltamem_kernels.triton_ops.{module}"), "lowerings", list)
-    return found(CAPABILITY[target]) if "capability" in inspect.signature(found).parameters else found()
+    found = importlib.import_module(f"deltamem_kernels.triton_ops.{module}").lowerings
+    return found(CAPABILITY[target]) if inspect.signature(found).parameters else found()
 
 
 def compiled(module, index, target):
@@ -143,8 +146,6 @@ def faults(row):
 def jobs(sample, targets, wanted):
     """(module, index, target) to compile; a sample takes about SAMPLE of each module, evenly over all of them."""
     for module in MODULES:
-        if importlib.util.find_spec(f"deltamem_kernels.triton_ops.{module}") is None:
-            continue
         found = [
             (module, index, target)
             for target in targets

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 
 from .attention import LN2, LOG2E, visible, window
-from .attention_tiles import GFX, capability, multiprocessors, small_shared
+from .attention_splits import multiprocessors
+from .attention_tiles import GFX, capability, small_shared
 from .decode_state import replay_row, row_span, store_states
 from .decode_tiles import absorb, find_page, new_rows, query_tile, slot_rows, turns_at
 from .lift import columns
@@ -226,8 +227,8 @@ class Tile(NamedTuple):
 
 
 def decode_tile(columns: int, D: int, dtype: torch.dtype, capability) -> Tile:
-    """Shared memory holds num_stages - 1 blocks of k and of v [BN, D], all of them in flight: two programs of 96 KB on a
-    multiprocessor of 227 KB. Wider column tiles would only spend registers: a decode step has few columns."""
+    """Shared memory holds num_stages - 1 blocks of k and of v [BN, D], all of them in flight: two programs of 96 KB on
+    a multiprocessor of 227 KB. Wider column tiles would only spend registers: a decode step has few columns."""
     BM = 16 if columns <= 16 or D > 128 else 32
     BN, warps = 64 if D <= 128 else 32, 4 if BM == 16 and D <= 128 else 8
     if capability is None:
