@@ -15,20 +15,28 @@ _POINTERS = {
 }
 
 
+def _kind(value, path, constexprs, specialise=True):
+    """Type of an argument; None and a 1 that Triton specialises on are constexprs. Tuples hold arguments."""
+    if isinstance(value, tuple):
+        return tuple(_kind(x, (*path, i), constexprs, specialise) for i, x in enumerate(value))
+    if value is None or (type(value) is int and value == 1 and specialise):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
 def _described(kernel, args, kwargs):
     """(signature, constexprs, options) of one launch, specialised as Triton's own launch would."""
     given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constexprs = {}, {}
-    for parameter in kernel.params:
+    for i, parameter in enumerate(kernel.params):
         value = given.pop(parameter.name)
-        fixed = parameter.is_constexpr or value is None
-        if fixed or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature[parameter.name] = "constexpr"
-            constexprs[parameter.name] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = _POINTERS[value.dtype]
+        if parameter.is_constexpr:
+            signature[parameter.name], constexprs[i,] = "constexpr", value
         else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = _kind(value, (i,), constexprs, not parameter.do_not_specialize)
     given.pop("grid"), given.pop("warmup")
     return signature, constexprs, given
 
@@ -49,5 +57,6 @@ def launches(name, launcher, *args):
     with _recorded(found):
         launcher(*args)
     for kernel, signature, constexprs, options in found:
-        dtype = next(kind[1:] for kind in signature.values() if kind.startswith("*"))
+        kinds = (kind[0] if isinstance(kind, tuple) else kind for kind in signature.values())
+        dtype = next(kind[1:] for kind in kinds if kind.startswith("*"))
         yield f"{kernel.__name__} {dtype} {name}", kernel, signature, constexprs, options

@@ -182,3 +182,19 @@ def prepared_pairs(
         c, s = rotary_rows(cos, sin, live, HALF, P)
         a, b = a * c - b * s, b * c + a * s
     return a, b
+
+
+@triton.jit
+def joined_channels(D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, P: tl.constexpr):
+    """The channel [2 P] that stands in each column of joined(a, b); D or more: none."""
+    column = tl.arange(0, 2 * P)
+    if INTERLEAVED or (D == 2 * P and (HALF == P or HALF == 0)):
+        return column
+    REST: tl.constexpr = (D - 2 * HALF + 1) // 2
+    p = column % P
+    first = tl.where(p < HALF, p, p + HALF)
+    channel = tl.where(column < P, first, tl.where(p < HALF, p + HALF, p + HALF + REST))
+    channel = tl.where(p < HALF + REST, channel, D)
+    if HALF % 8 == 0 and REST % 8 == 0:
+        channel = tl.max_contiguous(tl.multiple_of(channel, 8), 8)
+    return channel
