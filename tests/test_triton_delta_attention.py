@@ -9,6 +9,7 @@ from gradients import ints
 from kernel_checks import as_fp64, call, map_tensors, same_bits
 from test_reference_cache import cache_case
 
+import deltamem_kernels as dk
 from deltamem_kernels import ops
 from deltamem_kernels.reference import delta_attention as reference
 
@@ -229,6 +230,21 @@ def bwd_args(args):
 def test_backward(case):
     args = bwd_args(fwd_args(**BACKWARD[case]))
     check_backward(args)
+
+
+def test_wider_heads_than_shared_memory_holds_are_refused():
+    q = torch.randn(1, 2, 2, 257)
+    with pytest.raises(NotImplementedError, match="head sizes above 256 .* got 257"):
+        dk.fused_delta_attention(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_backward_of_scores_far_below_those_of_hidden_keys(masked):
+    """Keys past the end of a tile, or masked, have zeros for channels: exp(0 - lse) overflows."""
+    args = fwd_args(T=20, D=16, B=1, HQ=2, causal=masked, masked=masked, softmax_scale=20.0)
+    args["q"], args["k"] = (1 + torch.rand(args[name].shape) for name in ("q", "k"))
+    args["k"] *= -1
+    check_backward(bwd_args(args))
 
 
 def test_backward_of_strided_inputs_repeats_to_the_bit():

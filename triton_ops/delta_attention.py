@@ -236,6 +236,7 @@ def attention_fwd_kernel(
     sees = live & (total != 0)
     total = tl.where(sees, total, 1.0)
     result = tl.where(sees[:, None], acc / total[:, None], 0.0).to(out.dtype.element_ty)
+    split = split.to(tl.int64)
     out_rows = out + split * stride_out_s + batch * stride_out_b + head * stride_out_h
     out_rows += tokens[:, None].to(tl.int64) * stride_out_t
     inside = step < length
