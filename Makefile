@@ -69,6 +69,7 @@ GPU_RUN = PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 $(GPU_PYTHON)
 GPU_NAME = $(shell nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | tr 'A-Z ' 'a-z-')
 # a test compiles kernels most of its time: processes share that where pytest-xdist is
 PYTEST_ARGS ?= $(shell $(GPU_PYTHON) -c "import xdist; print('-n 12 --dist worksteal')" 2>/dev/null)
+GPU_TESTS ?= .
 SANITIZER ?= compute-sanitizer
 
 gpu:
@@ -81,17 +82,17 @@ $(GPU_BUILD)/installed: $(SOURCES)
 	touch $@
 
 gpu-test: $(GPU_BUILD)/installed
-	cd tests && DELTAMEM_TEST_BACKENDS=reference,cpu,triton $(GPU_RUN) -m pytest -m gpu --durations=8 $(PYTEST_ARGS) .
+	cd tests && DELTAMEM_TEST_BACKENDS=reference,cpu,triton $(GPU_RUN) -m pytest -m gpu --durations=8 $(PYTEST_ARGS) $(GPU_TESTS)
 
 # Every allocation its own, so that an access behind a tensor is an access behind an allocation.
 SANITIZED_TESTS := test_gpu.py -k "public_api and triton"
 gpu-memcheck: $(GPU_BUILD)/installed
 	cd tests && PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 \
-	  $(SANITIZER) --tool memcheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu -x $(SANITIZED_TESTS)
+	  $(SANITIZER) --tool memcheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu $(SANITIZED_TESTS)
 
 gpu-racecheck: $(GPU_BUILD)/installed
 	cd tests && PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 \
-	  $(SANITIZER) --tool racecheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu -x $(SANITIZED_TESTS)
+	  $(SANITIZER) --tool racecheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu $(SANITIZED_TESTS)
 
 GPU_OPTIONS_decode := --batches 1 4 16
 GPU_OPTIONS_prefill := --tokens 2048 8192 32768

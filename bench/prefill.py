@@ -83,7 +83,7 @@ def check_layer(layer, dtype, backend, attention) -> None:
             timing.gate(f"fused_delta_attention {name}: reads", result.reads, want_reads, 1e-5)
 
 
-def run_length(layer, dtype, device, backend, ceiling, seconds) -> tuple[dict, dict]:
+def run_length(layer, dtype, device, backend, ceilings, seconds) -> tuple[dict, dict]:
     """-> timings by row, and what stands in the results beside them"""
     failed = check_attention(layer, dtype, backend)
     read = sum(layer[name].nbytes for name in "qkv")
@@ -109,19 +109,18 @@ def run_length(layer, dtype, device, backend, ceiling, seconds) -> tuple[dict, d
         "kernel, no memory": each(partial(kernel, backend), False),
         "kernel, delta-mem": each(partial(kernel, backend), True),
     }
-    times = timing.measure({"ceiling": [ceiling.call], **cases}, device, seconds)
+    times = timing.measure({name: [ceiling.call] for name, ceiling in ceilings.items()} | cases, device, seconds)
     # a loop over tokens: a few turns of its own, and no graph of that many launches
     loop = {"torch + eager delta-mem": each(eager.prefill, attention)}
     times |= timing.measure(loop, device, seconds, graph=False, rounds=3)
     contest_ms = {name: timed.median * 1e3 for name, timed in contest.items()}
-    return times, {"formulation": best, "contest_ms": contest_ms, "contest_failed": failed}
+    reached = {name: ceiling.rate(times.pop(name)) for name, ceiling in ceilings.items()}
+    return times, {"formulation": best, "contest_ms": contest_ms, "contest_failed": failed, **reached}
 
 
-def results(tokens, batch, flops, ceiling, times, beside):
-    rate, fastest = ceiling.rate(times["ceiling"]), times["torch attention"].median
+def results(tokens, batch, flops, times, beside):
+    fastest = times["torch attention"].median
     for name, timed in times.items():
-        if name == "ceiling":
-            continue
         base = times.get(WITHOUT.get(name))
         yield {
             "T": tokens,
@@ -132,7 +131,6 @@ def results(tokens, batch, flops, ceiling, times, beside):
             "samples": timed.samples,
             "tokens_per_s": batch * tokens / timed.median,
             "flop_per_s": flops / timed.median,
-            "gemm_flop_per_s": rate,
             "memory_overhead": timed.median / base.median - 1 if base else None,
             "speedup_over_fastest_torch": fastest / timed.median,
             **beside,
@@ -149,16 +147,17 @@ def main() -> None:
     heads, kv_heads, dim = map(int, options.geometry.split("/"))
     env = timing.environment(device, options.dtype)
     timing.print_header(f"prefill: one attention layer, {options.geometry}, batch {options.batch}", env)
-    ceiling = timing.gemm_ceiling(device, dtype)
+    gemm, memory = timing.gemm_ceiling(device, dtype), timing.read_ceiling(device)
+    ceilings = {"gemm_flop_per_s": gemm, "memory_bytes_per_s": memory}
     table = timing.Table(COLUMNS)
     rows = []
     with torch.inference_mode(), timing.progress(options.tokens, "prefill") as bar:
         for tokens in bar:
             layer = eager.random_layer(options.batch, tokens, heads, kv_heads, dim, tokens, dtype, device)
             backend = backends.choose("fused_delta_attention", options.backend, layer["q"], layer["mem_q"].shape[-1])
-            times, beside = run_length(layer, dtype, device, backend, ceiling, options.seconds)
+            times, beside = run_length(layer, dtype, device, backend, ceilings, options.seconds)
             flops = 2 * options.batch * heads * tokens * tokens * dim
-            measured = list(results(tokens, options.batch, flops, ceiling, times, beside | {"backend": backend}))
+            measured = list(results(tokens, options.batch, flops, times, beside | {"backend": backend}))
             for row in measured:
                 overhead = row["memory_overhead"]
                 table.row(
@@ -173,7 +172,8 @@ def main() -> None:
                 )
             rows += measured
     print(
-        f"\n{ceiling.name}, timed beside each shape: {rows[-1]['gemm_flop_per_s'] / 1e9:,.0f} GFLOP/s. 'vs torch' "
+        f"\n{gemm.name}, timed beside each shape: {rows[-1]['gemm_flop_per_s'] / 1e9:,.0f} GFLOP/s; {memory.name}: "
+        f"{rows[-1]['memory_bytes_per_s'] / 1e9:,.0f} GB/s. 'vs torch' "
         f"compares with the fastest torch attention: {', '.join(sorted({row['formulation'] for row in rows}))}."
     )
     timing.write_results(options.output, env, rows)

@@ -2,7 +2,8 @@
 
 Rows: the bare attention on tensors that are ready, in each torch formulation and ours; our layer without and with
 memory; the layer in eager torch, which loops over tokens for the memory. Gradients flow to every projection, norm
-weight and memory weight that a row uses. Peak memory includes the gradients.
+weight and memory weight that a row uses. Peak memory includes the gradients. The GEMM rate is that of the causal half
+of attention's products, 2 forward and 5 backward.
 """
 
 from functools import partial
@@ -21,6 +22,7 @@ COLUMNS = {
     "fwd+bwd ms": 10,
     "ratio": 6,
     "tokens/s": 9,
+    "of GEMM rate": 12,
     "peak MiB": 8,
     "memory adds": 11,
     "vs eager": 8,
@@ -102,7 +104,7 @@ def usable(rows: dict[str, Row], dtype) -> tuple[dict[str, Row], dict[str, str]]
     return {name: row for name, row in rows.items() if name not in failed}, failed
 
 
-def timings(rows: dict[str, Row], device, seconds) -> tuple[dict, dict]:
+def timings(rows: dict[str, Row], ceiling, device, seconds) -> tuple[dict, dict]:
     """-> timings of the forward pass and of the step, by row. The loop over tokens takes a few turns of its own."""
     forward = {name: [partial(row.forward, row.layer)] for name, row in rows.items()}
     steps = {name: [partial(step, row.forward, row.layer, row.cotangents)] for name, row in rows.items()}
@@ -110,14 +112,14 @@ def timings(rows: dict[str, Row], device, seconds) -> tuple[dict, dict]:
     for cases in (forward, steps):
         loop = {EAGER: cases.pop(EAGER)}
         with torch.set_grad_enabled(cases is steps):
-            times = timing.measure(cases, device, seconds, graph=False)
+            times = timing.measure({"ceiling": [ceiling.call]} | cases, device, seconds, graph=False)
             found.append(times | timing.measure(loop, device, seconds, graph=False, rounds=3))
     return found[0], found[1]
 
 
-def run_length(tokens, rows, dtype, device, seconds) -> list[dict]:
+def run_length(tokens, rows, flops, ceiling, dtype, device, seconds) -> list[dict]:
     rows, failed = usable(rows, dtype)
-    forward, times = timings(rows, device, seconds)
+    forward, times = timings(rows, ceiling, device, seconds)
     found = []
     for name, row in rows.items():
         timed = times[name]
@@ -133,6 +135,8 @@ def run_length(tokens, rows, dtype, device, seconds) -> list[dict]:
                 "samples": timed.samples,
                 "peak_bytes": timing.peak_memory(partial(step, row.forward, row.layer, row.cotangents), device),
                 "tokens_per_s": row.cotangents[0].shape[0] * tokens / timed.median,
+                "flop_per_s": flops / timed.median,
+                "gemm_flop_per_s": ceiling.rate(times["ceiling"]),
                 "memory_overhead": timed.median / without.median - 1 if without else None,
                 "speedup_over_eager": times[EAGER].median / timed.median,
                 "failed": failed,
@@ -151,6 +155,7 @@ def main() -> None:
     heads, kv_heads, dim = map(int, options.geometry.split("/"))
     env = timing.environment(device, options.dtype)
     timing.print_header(f"training: one attention layer, {options.geometry}, batch {options.batch}", env)
+    ceiling = timing.gemm_ceiling(device, dtype)
     table = timing.Table(COLUMNS)
     results = []
     with timing.progress(options.tokens, "training") as bar:
@@ -158,7 +163,8 @@ def main() -> None:
             layer = eager.random_layer(options.batch, tokens, heads, kv_heads, dim, tokens, dtype, device)
             dout, dreads = torch.randn_like(layer["q"]), torch.randn(layer["mem_q"].shape, device=device)
             rows = layer_rows(layer, dout, dreads, device, options.backend)
-            measured = run_length(tokens, rows, dtype, device, options.seconds)
+            flops = 7 * options.batch * heads * tokens * tokens * dim
+            measured = run_length(tokens, rows, flops, ceiling, dtype, device, options.seconds)
             for row in measured:
                 peak, overhead = row["peak_bytes"], row["memory_overhead"]
                 table.row(
@@ -168,6 +174,7 @@ def main() -> None:
                     f"{row['ms']:.2f}",
                     f"{row['ms'] / row['forward_ms']:.2f}",
                     f"{row['tokens_per_s']:,.0f}",
+                    timing.percent(row["flop_per_s"] / row["gemm_flop_per_s"]),
                     "-" if peak is None else f"{peak / 2**20:,.0f}",
                     "" if overhead is None else timing.percent(overhead),
                     f"{row['speedup_over_eager']:.2f}x",

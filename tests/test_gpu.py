@@ -172,8 +172,10 @@ def test_long_attention():
             want_dq = (weights * along) @ k[: t + 1] / 8
             for x, exact in ((out[0, t], want), (dq[0, t], want_dq)):
                 torch.testing.assert_close(x.double(), exact, rtol=0, atol=2e-2 * exact.abs().max().item() + 1e-5)
-        # the weights of a query sum to 1
-        torch.testing.assert_close(dv.double().sum((1, 2)), dout.double().sum((1, 2)), rtol=0, atol=1e-2 * LONG**0.5)
+        # the weights of a query sum to 1; P, dv and dout are rounded one by one
+        given, found = (x.double().sum((0, 1, 2)) for x in (dout, dv))
+        noise = sum(x.double().square().sum((0, 1, 2)) for x in (dout, dv)).sqrt()
+        assert ((found - given).abs() <= 2.0**-5 * noise).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
