@@ -24,8 +24,8 @@ HEADS, KV_HEADS, DIM, RANK, HIDDEN, CONTEXT = 32, 8, 128, 8, 2560, 64
 @contextmanager
 def stubbed_launchers(backend: str):
     """Replaces every launcher of the backend. -> calls so far per op"""
-    calls = dict.fromkeys(SCHEMAS, 0)
-    rooms = {op: importlib.import_module(f"{ROOMS[backend]}.{module}") for op, (module, *_) in SCHEMAS.items()}
+    calls = dict.fromkeys(ops.LAUNCHERS[backend], 0)
+    rooms = {op: importlib.import_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}") for op in calls}
     launchers = {op: getattr(room, op) for op, room in rooms.items()}
 
     def stub(op, reference):
@@ -40,8 +40,8 @@ def stubbed_launchers(backend: str):
 
         return launch
 
-    for op, (module, *_) in SCHEMAS.items():
-        reference = getattr(importlib.import_module(f"{ROOMS['reference']}.{module}"), op)
+    for op in calls:
+        reference = getattr(importlib.import_module(f"{ROOMS['reference']}.{SCHEMAS[op][0]}"), op)
         setattr(rooms[op], op, stub(op, reference))
     yield calls
     for op, room in rooms.items():
