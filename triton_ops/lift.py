@@ -75,8 +75,9 @@ def add_parts_kernel(parts_ptr, total_ptr, size, n_parts, UNROLL: tl.constexpr, 
     at = parts_ptr + i
     for p in range(0, n_parts, UNROLL):
         for u in tl.static_range(UNROLL):  # loads that do not wait for each other
-            total += tl.load(at + u * size.to(tl.int64), mask=(i < size) & (p + u < n_parts), other=0.0)
-        at += size.to(tl.int64) * UNROLL
+            stop = tl.where(p + u < n_parts, size, 0)
+            total += tl.load(at + u * tl.cast(size, tl.int64), mask=i < stop, other=0.0)
+        at += tl.cast(size, tl.int64) * UNROLL
     tl.store(total_ptr + i, total.to(total_ptr.dtype.element_ty), mask=i < size)
 
 
