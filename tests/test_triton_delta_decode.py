@@ -19,8 +19,8 @@ CASES = {
     "q only": {"deltas": "q", "memory": {"H": 3, "R": 4, "rule": "lambda_outside"}, "dtype": FP32},
     "raw memory": {"memory": {"H": 2, "R": 5, "raw": True, "row_gates": True, "dtype": FP32}, "T": 2},
     "raw memory, one token": {"memory": {"R": 8, "raw": True}},
-    "rank 12": {"memory": {"H": 2, "R": 12, "dtype": FP16}, "T": 3},
-    "rank 64": {"memory": {"R": 64, "dtype": FP32}},
+    "rank 12": {"memory": {"H": 2, "R": 12, "dtype": FP16}, "T": 2, "filled": [9], "num_splits": 1},
+    "rank 64": {"memory": {"R": 64, "dtype": FP32}, "filled": [9], "num_splits": 1},
     "draft": {"T": 5, "memory": {"H": 2, "R": 4}, "HQ": 8},
     "ragged": {"filled": [40, 3, 9], "T": 4, "valid": [4, 0, 3]},
     "packed": {"filled": [40, 3, 9], "T": 4, "valid": [4, 0, 3], "packed": True, "page": 16},
@@ -57,7 +57,8 @@ def test_geometries(HQ, HKV, D, dtype, monkeypatch):
 @pytest.mark.parametrize(("T", "dtype"), ((6, FP32), (16, FP16)))
 def test_token_counts(T, dtype, monkeypatch):
     """Up to T x G = 64 columns: several blocks of them, each with its own part of new keys."""
-    check(case_of(**TINY | {"filled": [18], "T": T, "HQ": 4, "HKV": 1, "dtype": dtype}), "triton", monkeypatch)
+    sizes = {"filled": [18], "T": T, "HQ": 4, "HKV": 1, "dtype": dtype, "num_splits": 1}
+    check(case_of(**TINY | sizes), "triton", monkeypatch)
 
 
 def test_more_than_sixteen_tokens():

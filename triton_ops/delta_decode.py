@@ -243,14 +243,15 @@ class Tile(NamedTuple):
 
 def decode_tile(columns: int, D: int, dtype: torch.dtype, capability) -> Tile:
     """Shared memory holds num_stages - 1 blocks of k and of v [BN, D], all of them in flight: 96 KB on Hopper. As much
-    is asked for ahead. Wider column tiles would only spend registers: a decode step has few columns. fp32, whose
-    products are FMAs in registers, takes no more than there are."""
+    is asked for ahead. Wider column tiles would only spend registers: a decode step has few columns. Heads that are no
+    power of two, whose pairs lie askew, take more of them; fp32, whose products are FMAs in registers, more still."""
     if dtype == torch.float32:
         BM = min(triton.next_power_of_2(columns), 4)
         flight, ahead = (None, 0) if capability in (None, GFX) else (3, 64)
         return Tile(BM, 16, 4 if BM * D <= 512 else 8, 1, flight, ahead)
-    BM = 16 if columns <= 16 or D > 128 else 32
-    BN, warps = 64 if D <= 128 else 32, 4 if BM == 16 and D <= 128 else 8
+    even = D <= 128 and not D & (D - 1)
+    BM = 32 if columns > 16 and even else 16
+    BN, warps = 64 if D <= 128 else 32, 4 if BM == 16 and even else 8
     if capability is None:
         return Tile(BM, 16, warps, 1, None, 0)
     if capability == GFX:
