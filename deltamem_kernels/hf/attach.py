@@ -24,8 +24,9 @@ class Attachment:
         self.handles = []
         self.thawed: list[str] = []  # parameters of the backbone that required grad
         self.parameters = list(inspect.signature(decoder.forward).parameters)
-        # How layers come by the call: through their keyword arguments, which gradient checkpointing keeps, or here.
-        self.forwards_kwargs = _takes_kwargs(decoder)
+        self.takes_kwargs = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(decoder.forward).parameters.values())
+        # The running forward's call. Layers get it as a keyword argument, which gradient checkpointing keeps for them;
+        # this is for decoders that hand none down.
         self.call = None
 
     @property
@@ -161,11 +162,6 @@ def _stack(name: str) -> str:
     return ".".join(parts[: last - 1])
 
 
-def _takes_kwargs(decoder) -> bool:
-    kinds = [p.kind for p in inspect.signature(decoder.forward).parameters.values()]
-    return inspect.Parameter.VAR_KEYWORD in kinds
-
-
 def _memory(module, name, index, config, dtype, initialize) -> LayerMemory:
     hidden_size, _ = features(module.q_proj)
     projections = {x: getattr(module, f"{x}_proj") for x in DELTA_HEADS if hasattr(module, f"{x}_proj")}
@@ -220,10 +216,9 @@ def _begin(record: Attachment, decoder, args, kwargs):
     states = None if state is None else list(state.tensors)
     call = Call(states, write, segments, padding or None, custom)
     call.container = state
-    if record.forwards_kwargs:
+    if record.takes_kwargs:
         kwargs["delta_call"] = call
-    else:
-        record.call = call
+    record.call = call
     return args, kwargs
 
 
