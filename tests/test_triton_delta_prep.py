@@ -21,7 +21,7 @@ CASES = {
     "k_corrected_no_norm": {"absent": ("delta_q", "delta_v", *NO_NORM)},
     "plain": {"absent": (*NO_MEMORY, *NO_NORM, *NO_ROTARY)},
     "no_tokens": {"T": 0},
-    "prefill_tile": {"B": 1, "T": 67, "HQ": 1, "D": 4},
+    "prefill_tile": {"B": 1, "T": 67, "HQ": 1, "D": 4, "positions": True},
 }
 
 
