@@ -3,7 +3,10 @@
 import pytest
 import torch
 from kernel_checks import as_fp64, assert_within_budget, call, check_against_reference, map_tensors, same_bits
+from scan_inputs import assert_close_as_eager, scan_args
 from test_delta_prep import BF16, FP16, FP32, NAN, NO_MEMORY, NO_NORM, NO_ROTARY, bwd_args, cache_args, prep_args
+
+from deltamem_kernels import ops
 
 TINY = {"HQ": 2, "HKV": 1, "D": 16, "R": 4, "T": 5}
 CASES = {
@@ -103,3 +106,110 @@ def test_append(case):
         written = ~want.isnan()
         assert_within_budget(got[written], same[written], want[written])
         assert same_bits(got[~written], before[~written])
+
+
+# ---- with the scan's last pass as prologue -----------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Segments as soon as there are two, groups of two of them and of two groups, in few wide programs: the
+    interpreter's time goes by programs. Gives the names of the kernels launched."""
+    from deltamem_kernels.triton_ops import delta_prep, delta_scan, scan_build, scan_plan, scan_prep
+
+    for name, value in {
+        "WARP": 128,
+        "GROUP": 2,
+        "SUPERGROUP": 2,
+        "SEQUENTIAL_SEGMENTS": 1,
+        "FULL_LANES": 1 << 30,
+    }.items():
+        monkeypatch.setattr(scan_plan, name, value)
+    monkeypatch.setattr(scan_prep, "FULL_WARPS", 1)
+    names = []
+
+    class Recorded:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+        def __call__(self, *args):  # inside another kernel
+            return self.kernel(*args)
+
+    for module in (delta_prep, delta_scan, scan_build, scan_prep):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Recorded(getattr(module, name), name))
+    return names
+
+
+def joined_args(scan=None, **prep):
+    """Arguments of delta_scan_prep_fwd. By default 8 segments, 4 groups, 2 supergroups."""
+    scan = scan_args(**{"B": 1, "H": 1, "R": 4, "T": 23, "segment_len": 3, **(scan or {})})
+    B, T, H, R = scan["mem_q"].shape
+    prep = prep_args(B=B, T=T, H=H, R=R, **{"HQ": 2, "HKV": 2, "D": 16, **prep})
+    names = ("k", "v", "delta_k", "delta_v", "k_norm_weight", "norm_eps", *NO_ROTARY, "rotary_interleaved", "positions")
+    return scan | {name: prep[name] for name in names}
+
+
+def check_joined(args):
+    """Against the reference: the scan's results by its measure, k', v' by theirs. Rows of the tape that belong to no
+    segment of a packed batch hold nothing."""
+    got, plain = (call("delta_scan_prep_fwd", backend, args) for backend in ("triton", "reference"))
+    want = call("delta_scan_prep_fwd", "reference", as_fp64(args))
+    used = (0, 1) if args["cu_seqlens"] is not None else (0, 1, 2)
+    for i in used:
+        assert_close_as_eager(got[i], plain[i], want[i], f"result {i}")
+    for i in (3, 4):
+        assert_within_budget(got[i], plain[i], want[i], f"result {i}")
+    return got
+
+
+SEGMENTED = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel", "replay_prep_kernel"]
+JOINED = {
+    "rank_4": {},
+    "rank_8": {"scan": {"R": 8, "T": 11, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1},
+    "rank_5": {"scan": {"R": 5, "mask": 0.3, "raw": True, "free": True, "T": 17}, "interleaved": True},
+    "rank_16": {"scan": {"R": 16, "T": 5, "segment_len": 1, "gate": 1}, "HKV": 1, "tables": 3},
+    "states": {"scan": {"B": 2, "H": 2, "T": 17}, "absent": ("delta_v",), "positions": True},
+    "packed": {"scan": {"packed": (0, 2, 2, 16, 20), "mask": 0.2}},
+    "packed_uncorrected": {"scan": {"packed": (0, 17)}, "absent": ("v", "delta_k", "delta_v")},
+    "values": {"absent": ("k", "delta_k", "k_norm_weight", *NO_ROTARY)},
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_joined_with_the_scan(case, launched):
+    args = joined_args(**JOINED[case])
+    results = check_joined(args)
+    assert launched == SEGMENTED
+    if args["cu_seqlens"] is not None:
+        assert all((x[:, args["cu_seqlens"][-1] :] == 0).all() for x in results[3:] if x.numel())
+
+
+def test_joined_equals_scan_then_prep(launched):
+    """To the bit; and where a sequence is one segment that is what runs."""
+    args = joined_args()
+    scan = {name: x for name, x in args.items() if name in scan_args()}
+    reads, final_state, tape = call("delta_scan_fwd", "triton", scan)
+    prep = {**dict.fromkeys(("q", "k", "v", "reads", "delta_q", "delta_k", "delta_v", "q_norm_weight")), **args}
+    prep = {name: prep[name] for name in prep_args()} | {"reads": reads}
+    _, k, v = call("delta_prep_fwd", "triton", prep)
+    joined = call("delta_scan_prep_fwd", "triton", args)
+    assert all(map(same_bits, joined, (reads, final_state, tape, k, v)))
+    launched.clear()
+    check_joined(joined_args({"T": 3, "segment_len": 4}))
+    assert launched == ["replay_kernel", "prep_kernel"]
+
+
+def test_joined_reads_one_state(launched):
+    args = joined_args({"T": 9, "segment_len": 2}) | {"write": False} | dict.fromkeys(("mem_k", "mem_v", "beta", "lam"))
+    check_joined(args | {"save_tape": False})
+    assert launched == ["replay_prep_kernel"]
+
+
+def test_joined_tells_compilers_the_truth():
+    args = joined_args({"T": 4, "segment_len": 2})
+    torch.library.opcheck(ops.handle("delta_scan_prep_fwd", "triton"), tuple(args.values()))

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from .lift import add_parts, columns, lift, load_reads, load_weight
-from .prologue import load_pairs, pair_channels, pair_count, rotary_rows, store_pairs
+from .prep_tiles import outer_strides, rotary_strides, token_angles
+from .prologue import load_pairs, pair_channels, pair_count, store_pairs
 from .sequences import search_steps, sequence_of
 
 # A tile's sums of JC columns per channel fill 2 x 32 registers of a thread at D = 128.
@@ -69,11 +70,8 @@ def prep_bwd_kernel(
             dy = dy_ptr + (b * stride_yb + t * stride_yt + head.to(tl.int64) * stride_yh)[:, None]
             ga, gb = load_pairs(dy, live[:, None], D, HALF, INTERLEAVED, P)
         if cos_ptr is not None:
-            if positions_ptr is not None:
-                index = tl.load(positions_ptr + b * stride_pb + t, mask=live, other=0).to(tl.int64)
-            cos_at = b * stride_cb + t * stride_ct if GATHERED else index * stride_ct
-            sin_at = b * stride_sb + t * stride_st if GATHERED else index * stride_st
-            c, s = rotary_rows(cos_ptr + cos_at[:, None], sin_ptr + sin_at[:, None], live[:, None], HALF, P)
+            c, s = token_angles(cos_ptr, sin_ptr, positions_ptr, b, t, index, live, stride_cb, stride_ct, stride_sb,
+                                stride_st, stride_pb, GATHERED, HALF, P)  # fmt: skip
             if dcos_ptr is not None:
                 ya, yb = (a, b2) if norm_ptr is None else (a * norm_a, b2 * norm_b)
                 at = (head * n_tokens.to(tl.int64) + n)[:, None] * HALF + tl.arange(0, P)[None, :]
@@ -110,13 +108,6 @@ def prep_bwd_kernel(
         tl.store(dnorm_ptr + part * D + second, tl.sum(dnorm_b, 0), mask=(second < D) & (j0 == 0))
 
 
-def rotary_strides(table):
-    """(batch, row) strides of a rotary table, gathered [B, T, HALF] or indexed by position [S, HALF]."""
-    if table is None:
-        return 0, 0
-    return table.stride()[:2] if table.ndim == 3 else (0, table.stride(0))
-
-
 def _head_grads(
     dy, x, reads, delta, norm_weight, norm_eps, cos, sin, interleaved, positions, cu_seqlens, dreads, dcos, dsin
 ):  # fmt: skip
@@ -140,9 +131,9 @@ def _head_grads(
             dy, x, dx, delta, norm_weight, reads if delta is not None else None, dreads, ddelta, dnorm,
             cos, sin, dcos, dsin, positions, cu_seqlens,
             n_tokens, T, n_rows, search_steps(n_rows), chunk_tokens, heads, norm_eps,
-            *((0, 0, 0) if dy is None else dy.stride()[:3]), *x.stride()[:3],
-            *((0, 0, 0) if delta is None else reads.stride()[:3]), 0 if delta is None else delta.stride(0),
-            *rotary_strides(cos), *rotary_strides(sin), 0 if positions is None else positions.stride(0),
+            *outer_strides(dy), *outer_strides(x),
+            *outer_strides(reads if delta is not None else None), *outer_strides(delta, 1),
+            *rotary_strides(cos), *rotary_strides(sin), *outer_strides(positions, 1),
             GATHERED=gathered, BT=BT, J=J, R=R, JC=JC, D=D, HALF=0 if cos is None else cos.shape[-1],
             INTERLEAVED=interleaved and cos is not None, P=P, num_warps=BWD_WARPS,
         )  # fmt: skip
