@@ -167,7 +167,7 @@ def check_joined(args):
     return got
 
 
-SEGMENTED = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel", "replay_prep_kernel"]
+MAPS = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
 JOINED = {
     "rank_4": {},
     "rank_8": {"scan": {"R": 8, "T": 11, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1},
@@ -175,7 +175,7 @@ JOINED = {
     "rank_16": {"scan": {"R": 16, "T": 5, "segment_len": 1, "gate": 1}, "HKV": 1, "tables": 3},
     "states": {"scan": {"B": 2, "H": 2, "T": 17}, "absent": ("delta_v",), "positions": True},
     "packed": {"scan": {"packed": (0, 2, 2, 16, 20), "mask": 0.2}},
-    "packed_uncorrected": {"scan": {"packed": (0, 17)}, "absent": ("v", "delta_k", "delta_v")},
+    "packed_beside": {"scan": {"packed": (0, 17)}, "absent": ("v", "delta_k", "delta_v")},
     "values": {"absent": ("k", "delta_k", "k_norm_weight", *NO_ROTARY)},
 }
 
@@ -184,7 +184,8 @@ JOINED = {
 def test_joined_with_the_scan(case, launched):
     args = joined_args(**JOINED[case])
     results = check_joined(args)
-    assert launched == SEGMENTED
+    waits = args["v"] is not None or args["delta_k"] is not None
+    assert launched == [*MAPS, "replay_prep_kernel" if waits else "replay_beside_prep_kernel"]
     if args["cu_seqlens"] is not None:
         assert all((x[:, args["cu_seqlens"][-1] :] == 0).all() for x in results[3:] if x.numel())
 
@@ -204,10 +205,17 @@ def test_joined_equals_scan_then_prep(launched):
     assert launched == ["replay_kernel", "prep_kernel"]
 
 
-def test_joined_reads_one_state(launched):
-    args = joined_args({"T": 9, "segment_len": 2}) | {"write": False} | dict.fromkeys(("mem_k", "mem_v", "beta", "lam"))
-    check_joined(args | {"save_tape": False})
-    assert launched == ["replay_prep_kernel"]
+@pytest.mark.parametrize("corrected", (True, False))
+def test_joined_reads_one_state(corrected, launched):
+    args = joined_args({"T": 9, "segment_len": 2}, absent=() if corrected else ("v", "delta_k", "delta_v"))
+    args |= {"write": False, "save_tape": False} | dict.fromkeys(("mem_k", "mem_v", "beta", "lam"))
+    check_joined(args)
+    assert launched == ["replay_prep_kernel" if corrected else "replay_beside_prep_kernel"]
+
+
+@pytest.mark.parametrize("scan", ({"T": 1}, {"T": 70, "R": 2, "packed": (0, 4, 66)}), ids=("one_token", "two_tiles"))
+def test_joined_beside_whole_sequences(scan):
+    check_joined(joined_args(scan | {"segment_len": 0}, D=4, HKV=1, positions=True, absent=("v", "delta_k", "delta_v")))
 
 
 def test_joined_tells_compilers_the_truth():

@@ -15,18 +15,20 @@ from .delta_prep_bwd import delta_prep_bwd
 from .delta_scan import delta_scan_fwd
 from .lift import columns
 from .lowering import launches
-from .prep_tiles import outer_strides, prep_heads, rotary_strides, token_angles
-from .prologue import pair_count
+from .prep_tiles import (
+    DECODE_TOKENS,
+    outer_strides,
+    prep_heads,
+    rotary_flags,
+    rotary_strides,
+    tile,
+    token_angles,
+)
 from .scan_plan import plan
-from .scan_prep import joins, scan_prep
+from .scan_prep import joins, scan_beside_prep, scan_prep
 from .sequences import search_steps, sequence_of
 
 __all__ = ["delta_prep_bwd", "delta_prep_fwd", "delta_prep_with_kvcache", "delta_scan_prep_fwd", "lowerings"]
-
-# (tokens x pairs, heads, warps) of a program: 8 pairs of a thread make 16-byte loads of 2-byte types. Few tokens:
-# one head each, to spread over the machine.
-PREFILL_TILE, DECODE_TILE = (1024, 4, 4), (256, 1, 1)
-DECODE_TOKENS = 64
 
 
 @triton.jit(do_not_specialize=["n_tokens", "T", "n_rows", "steps", "page", "q_groups", "k_groups", "HQ", "HKV"])
@@ -105,13 +107,10 @@ def _launch(
     if not n_tokens:
         return
     H, R = (1, 1) if reads is None else reads.shape[2:]
-    elements, group, warps = DECODE_TILE if n_tokens <= DECODE_TOKENS else PREFILL_TILE
-    P = pair_count(D)
-    BT = min(max(1, elements // P), 64)
+    BT, group, warps = tile(n_tokens, D)
     q_groups, k_groups = triton.cdiv(HQ, group), 0 if k is None else triton.cdiv(HKV, group)
     groups = q_groups + k_groups + (0 if v is None else triton.cdiv(HKV, group))
     n_rows = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    gathered = cos is not None and cos.ndim == 3
     prep_kernel[(triton.cdiv(n_tokens, BT) * groups,)](
         *inputs, *outputs, reads, *deltas, *norms, cos, sin,
         positions, token_mask, cu_seqlens, lengths, block_table, state_indices,
@@ -120,9 +119,7 @@ def _launch(
         *(stride for x in (*inputs, *outputs, reads) for stride in outer_strides(x)),
         *(stride for x in deltas for stride in outer_strides(x, 1)), *rotary_strides(cos), *rotary_strides(sin),
         *(stride for x in (positions, token_mask, block_table) for stride in outer_strides(x, 1)),
-        GATHERED=gathered, GROUP=group, BT=BT, J=H * R, R=R, JC=columns(H * R), D=D,
-        HALF=0 if cos is None else cos.shape[-1], INTERLEAVED=interleaved and cos is not None, P=P,
-        num_warps=warps,
+        GROUP=group, BT=BT, J=H * R, R=R, JC=columns(H * R), **rotary_flags(cos, interleaved, D), num_warps=warps,
     )  # fmt: skip
 
 
@@ -155,7 +152,8 @@ def delta_scan_prep_fwd(
     options = (update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
     rotary = (rotary_cos, rotary_sin, rotary_interleaved, positions)
     cut = plan(mem_q, beta, lam, cu_seqlens, update_rule, write, segment_len)
-    if not joins(cut, T, H):
+    waits = delta_k is not None or v is not None  # v is here to be corrected
+    if not cut.slots[0] or not T or (waits and not joins(cut, T, H)):
         scanned = delta_scan_fwd(
             *tokens, initial_state, token_mask, cu_seqlens, *biases, *options, segment_len, save_tape
         )
@@ -164,13 +162,15 @@ def delta_scan_prep_fwd(
         )
         return *scanned, *prepared[1:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    tape = tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,)
+    tape_len, tape = 0, (0,)
+    if save_tape:
+        tape_len, tape = segment_len or SEGMENT_LEN, tape_shape(mem_q, cu_seqlens, segment_len)
     scanned = [mem_q.new_empty(shape, dtype=torch.float32) for shape in ((B, T, H, R), (N, H, R, R), tape)]
     results, outputs = _results(k, v)
-    scan_prep(
-        cut, tokens, biases, initial_state, token_mask, cu_seqlens, *options,
-        (segment_len or SEGMENT_LEN) if save_tape else 0, k, v, delta_k, delta_v, k_norm_weight, norm_eps, *rotary,
-        *scanned, *outputs,
+    join = scan_prep if waits else scan_beside_prep
+    join(
+        cut, tokens, biases, initial_state, token_mask, cu_seqlens, *options, tape_len, *scanned,
+        k, v, *outputs, delta_k, delta_v, k_norm_weight, norm_eps, *rotary,
     )  # fmt: skip
     return *scanned, *results
 

@@ -1,10 +1,55 @@
-"""Words of the kernels that prepare q, k and v: the angles of a tile of tokens, and the rows of a group of heads."""
+"""Words of the kernels that prepare q, k and v: the angles of a tile of tokens, and the rows of a group of heads.
+
+Tiles are [1, BT, P]: against JC reads of a row and JC weights of a channel, [JC, BT, P], they keep the layout of
+their loads, a run of channels in a thread. Sums over reads are then its own, and those over channels nearly so.
+"""
 
 import triton
 import triton.language as tl
 
-from .lift import lift
-from .prologue import load_pairs, normed, pair_channels, rotary_rows, store_pairs
+from .lift import load_reads, load_weight
+from .prologue import load_pairs, normed, pair_channels, pair_count, rotary_rows, store_pairs
+
+# (tokens x pairs, heads, warps) of a program: 8 pairs of a thread make 16-byte loads of 2-byte types, 16 use each of
+# its weights, widened to fp32, on two rows. Few tokens: one head each, to spread over the machine.
+PREFILL_TILE, DECODE_TILE = (2048, 4, 4), (256, 1, 1)
+DECODE_TOKENS = 64
+
+
+def tile(n_tokens: int, D: int) -> tuple[int, int, int]:
+    """(tokens, heads, warps) of a program."""
+    elements, heads, warps = DECODE_TILE if n_tokens <= DECODE_TOKENS else PREFILL_TILE
+    return min(max(1, elements // pair_count(D)), 64), heads, warps
+
+
+def rotary_flags(cos, interleaved, D) -> dict:
+    """The compile-time arguments that say what turns."""
+    return {
+        "GATHERED": cos is not None and cos.ndim == 3,
+        "HALF": 0 if cos is None else cos.shape[-1],
+        "INTERLEAVED": interleaved and cos is not None,
+        "D": D,
+        "P": pair_count(D),
+    }
+
+
+@triton.jit
+def tall(x):
+    """[BT] -> [1, BT, 1]"""
+    return x[None, :, None]
+
+
+@triton.jit
+def lifted(
+    reads_ptr, read_at, live, stride_h, w_ptr, c, c_ok, stride_w, J: tl.constexpr, R: tl.constexpr, JC: tl.constexpr
+):
+    """delta reads at rows x channels c: [1, BT, P] fp32."""
+    u = tl.zeros([1, read_at.shape[0], c.shape[0]], tl.float32)
+    for j0 in range(0, J, JC):
+        r = load_reads(reads_ptr, read_at, live, stride_h, j0, J, R, JC)  # [JC, BT]
+        w = load_weight(w_ptr, c, c_ok, stride_w, j0, J, JC)  # [JC, P]
+        u += tl.sum(r[:, :, None] * w[:, None, :], 0, keep_dims=True)
+    return u
 
 
 @triton.jit
@@ -12,7 +57,7 @@ def token_angles(
     cos_ptr, sin_ptr, positions_ptr, b, t, index, live, stride_cb, stride_ct, stride_sb, stride_st, stride_pb,
     GATHERED: tl.constexpr, HALF: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """fp32 (cos, sin) [BT, P] of tokens t of batch rows b, int64 [BT]; those at index in the tables unless positions
+    """fp32 (cos, sin) [1, BT, P] of tokens t of batch rows b, int64 [BT]; those at index in the tables unless positions
     say otherwise or the tables are GATHERED. Without tables (0, 0)."""
     if cos_ptr is None:
         return 0.0, 0.0
@@ -21,7 +66,7 @@ def token_angles(
             index = tl.load(positions_ptr + b * stride_pb + t, mask=live, other=0).to(tl.int64)
         cos_at = b * stride_cb + t * stride_ct if GATHERED else index * stride_ct
         sin_at = b * stride_sb + t * stride_st if GATHERED else index * stride_st
-        return rotary_rows(cos_ptr + cos_at[:, None], sin_ptr + sin_at[:, None], live[:, None], HALF, P)
+        return rotary_rows(cos_ptr + tall(cos_at), sin_ptr + tall(sin_at), tall(live), HALF, P)
 
 
 @triton.jit
@@ -31,22 +76,24 @@ def prep_heads(
     J: tl.constexpr, R: tl.constexpr, JC: tl.constexpr,
     D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """Heads first_head .. end_head - 1 of the rows at x_at, y_at, read_at int64 [BT]; cos, sin [BT, P]. Rows are
+    """Heads first_head .. end_head - 1 of the rows at x_at, y_at, read_at int64 [BT]; cos, sin [1, BT, P]. Rows are
     read where live, where they are not they count as 0; they are stored where n_ok."""
     first, second = pair_channels(D, HALF, INTERLEAVED, P)
     x_at += first_head.to(tl.int64) * stride_xh
     y_at += first_head.to(tl.int64) * stride_yh
     for head in range(first_head, end_head):
-        a, b = load_pairs(x_ptr + x_at[:, None], live[:, None], D, HALF, INTERLEAVED, P)
+        a, b = load_pairs(x_ptr + tall(x_at), tall(live), D, HALF, INTERLEAVED, P)
         if delta_ptr is not None:
             row = head * D
-            a += lift(reads_ptr, read_at, live, stride_rh, delta_ptr, row + first, first < D, stride_delta, J, R, JC)
-            b += lift(reads_ptr, read_at, live, stride_rh, delta_ptr, row + second, second < D, stride_delta, J, R, JC)
+            a += lifted(reads_ptr, read_at, live, stride_rh, delta_ptr, row + first, first < D, stride_delta, J, R, JC)
+            b += lifted(
+                reads_ptr, read_at, live, stride_rh, delta_ptr, row + second, second < D, stride_delta, J, R, JC
+            )
         if norm_ptr is not None:
-            a, b = normed(a, b, norm_ptr, eps, D, HALF, INTERLEAVED, P)
+            a, b = normed(a, b, norm_ptr, tl.where(tall(live), eps, 1.0), D, HALF, INTERLEAVED, P)
         if ROTATES:
             a, b = a * cos - b * sin, b * cos + a * sin
-        store_pairs(y_ptr + y_at[:, None], a, b, n_ok[:, None], D, HALF, INTERLEAVED, P)
+        store_pairs(y_ptr + tall(y_at), a, b, tall(n_ok), D, HALF, INTERLEAVED, P)
         x_at += stride_xh
         y_at += stride_yh
 
