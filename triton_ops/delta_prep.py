@@ -16,7 +16,6 @@ from .delta_scan import delta_scan_fwd
 from .lift import columns
 from .lowering import launches
 from .prep_tiles import (
-    DECODE_TOKENS,
     outer_strides,
     prep_heads,
     rotary_flags,
@@ -107,7 +106,7 @@ def _launch(
     if not n_tokens:
         return
     H, R = (1, 1) if reads is None else reads.shape[2:]
-    BT, group, warps = tile(n_tokens, D)
+    BT, group, warps = tile(n_tokens, D, H * R)
     q_groups, k_groups = triton.cdiv(HQ, group), 0 if k is None else triton.cdiv(HKV, group)
     groups = q_groups + k_groups + (0 if v is None else triton.cdiv(HKV, group))
     n_rows = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -203,17 +202,18 @@ def _launched():
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     half, full = torch.bfloat16, torch.float32
-    for dtype, T, D, rotary, interleaved, H, R in (
-        (half, 8192, 128, 128, False, 1, 8),
-        (half, 8192, 128, 128, True, 1, 8),
-        (half, 8192, 128, 0, False, 1, 16),
-        (half, 8192, 96, 96, False, 1, 8),
-        (half, 8192, 256, 64, False, 1, 8),
-        (half, 8192, 64, 64, False, 4, 8),
-        (half, 8, 128, 128, False, 1, 8),
-        (full, 8192, 64, 64, False, 1, 8),
-        (full, 8192, 128, 128, False, 1, 8),
-        (full, 8192, 256, 256, False, 1, 16),
+    # fwd, bwd; paged: into a cache; joined: with the scan, packed, beside: k alone
+    for dtype, T, D, rotary, interleaved, H, R, ops in (
+        (half, 8192, 128, 128, False, 1, 8, "fwd bwd paged joined packed beside"),
+        (half, 8192, 128, 128, True, 1, 8, "fwd bwd"),
+        (half, 8192, 128, 0, False, 1, 16, "fwd bwd joined"),
+        (half, 8192, 96, 96, False, 1, 8, "fwd bwd joined"),
+        (half, 8192, 256, 64, False, 1, 8, "fwd bwd joined"),
+        (half, 8192, 64, 64, False, 4, 8, "fwd bwd joined"),
+        (half, 8, 128, 128, False, 1, 8, "fwd paged beside"),
+        (full, 8192, 64, 64, False, 1, 8, "fwd bwd"),
+        (full, 8192, 128, 128, False, 1, 8, "fwd bwd paged packed"),
+        (full, 8192, 256, 256, False, 1, 16, "fwd bwd joined beside"),
     ):
         q, kv, mem = empty(1, T, 32, D, dtype=dtype), empty(1, T, 8, D, dtype=dtype), empty(1, T, H, R, dtype=dtype)
         deltas = [empty(heads * D, H * R, dtype=dtype) for heads in (32, 8, 8)]
@@ -222,16 +222,19 @@ def _launched():
         rotation = [empty(40960, rotary // 2, dtype=dtype)] * 2 if rotary else [None, None]
         rotation = (1e-6, *rotation, interleaved, None)
         words = (reads, *deltas, norm, norm, *rotation, None)
+        scan, options = (*(mem,) * 4, *(None,) * 3), (None, None, "standard", True, False, False, 0, True)
+        fused = (*scan, None, *options, kv, kv, *deltas[1:], norm, *rotation)
+        calls = {
+            "fwd": (delta_prep_fwd, q, kv, kv, *words),
+            "bwd": (delta_prep_bwd, q, kv, kv, q, kv, kv, *words, False),
+            "paged": (
+                delta_prep_with_kvcache, kv, kv, cache, cache, reads, *deltas[1:], norm, *rotation,
+                None, None, ints[:1], table, ints[:1],
+            ),
+            "joined": (delta_scan_prep_fwd, *fused),
+            "packed": (delta_scan_prep_fwd, *scan, ints, *fused[8:]),
+            "beside": (delta_scan_prep_fwd, *fused[:17], None, None, None, norm, *rotation),
+        }  # fmt: skip
         name = f"T={T} D={D} rotary={rotary}{' interleaved' if interleaved else ''} H={H} R={R}"
-        yield from launches(name, delta_prep_fwd, q, kv, kv, *words)
-        yield from launches(
-            f"{name} paged", delta_prep_with_kvcache, kv, kv, cache, cache, reads, *deltas[1:], norm, *rotation,
-            None, None, ints[:1], table, ints[:1],
-        )  # fmt: skip
-        if T > DECODE_TOKENS:
-            yield from launches(name, delta_prep_bwd, q, kv, kv, q, kv, kv, *words, False)
-            scan = (*(mem,) * 4, *(None,) * 6, "standard", True, False, False, 0, True)
-            fused = (kv, kv, *deltas[1:], norm, *rotation)
-            yield from launches(name, delta_scan_prep_fwd, *scan, *fused)
-    scan = (*(mem,) * 4, *(None,) * 3, ints, None, None, *scan[10:])
-    yield from launches(f"{name} packed", delta_scan_prep_fwd, *scan, *fused)
+        for op in ops.split():
+            yield from launches(f"{name} {op}", *calls[op])

@@ -21,10 +21,10 @@ from .scan_replay import replay_kernel
 from .scan_tokens import segment_of
 from .sequences import search_steps, sequence_of
 
-# Warps that fill the machine: two for each of an H200's 528 schedulers, so that one loads while the other computes.
-# Every further one replays its segments once more.
-FULL_WARPS = 1056
-TILE = 512  # tokens x pairs that a warp prepares at a time: 16 pairs of a thread, loads of 16 bytes
+# Warps that fill the machine: as many as an H200's 132 SMs hold of 168 registers. Every further one replays its
+# segments once more.
+FULL_WARPS = 12 * 132
+TILE = 256  # tokens x pairs that a warp prepares at a time: 8 pairs, 16 bytes of bf16, of a thread
 MOST_LANES = 128
 
 
@@ -206,7 +206,7 @@ def scan_beside_prep(
     )  # fmt: skip
     B, T, heads, D = k.shape
     N = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    BT, group, warps = tile(B * T, D)
+    BT, group, warps = tile(B * T, D, 1)
     cut = cut._replace(LANES=cut.LANES * warps)
     blocks = cut.blocks(cut.slots[0], reads.shape[2])
     replay_beside_prep_kernel[(blocks + triton.cdiv(B * T, BT) * triton.cdiv(heads, group),)](
