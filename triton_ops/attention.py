@@ -14,8 +14,8 @@ UNBOUNDED = 1 << 30  # a window side without limit; slots stay below it
 
 def window(causal: bool, left: int, right: int) -> tuple[int, int]:
     """(left, right) of the band p - left .. p + right of slots that a query at slot p sees."""
-    right = 0 if causal else right
-    return (left if left >= 0 else UNBOUNDED), (right if right >= 0 else UNBOUNDED)
+    sides = (left, 0 if causal else right)
+    return tuple(min(side, UNBOUNDED) if side >= 0 else UNBOUNDED for side in sides)
 
 
 def tile_count(B: int, T: int, cu_seqlens, BM: int) -> int:

@@ -35,7 +35,7 @@ def rowsum_kernel(
     step = at + tl.arange(0, BM)
     tokens = start + step
     inside = step < length
-    live = inside & (row < N)
+    live = step < tl.where(row < N, length, 0)
     if token_mask is not None:
         live = tl.load(token_mask + batch * stride_mask + tokens, mask=live, other=0).to(tl.int1)
     column = tl.arange(0, C)
@@ -119,7 +119,7 @@ def attention_bwd_dkdv_kernel(
     batch, start = tl.cast(batch, tl.int64), tl.cast(start, tl.int64)
     keys = at + tl.arange(0, BN)
     inside = keys < length
-    key_live = inside & (row < N)
+    key_live = keys < tl.where(row < N, length, 0)
     shown = token_mask
     if token_mask is not None:
         shown = token_mask + batch * stride_mask + start
@@ -185,7 +185,8 @@ def add_keys(
         v_block = load_rows(v, keys, stride_v_t, None, 0, columns, inside, MASKED, EVEN)
         scores = product(q, tl.trans(k_block))
         dp = product(dout, tl.trans(v_block))
-        sees = in_window(keys[None, :] - rows[:, None], left, right)
+        # a hidden key's score is 0, which may lie far above the log-sum-exp of those that are seen
+        sees = in_window(keys[None, :] - rows[:, None], left, right) & inside[None, :]
         _, ds = tile_gradients(scores, dp, log_sum[:, None], delta[:, None], sees, scale, softcap, CAPPED, MASKED)
         dq = product(ds.to(k_block.dtype), k_block, dq)
     return dq
@@ -210,7 +211,7 @@ def attention_bwd_dq_kernel(
     batch, start = tl.cast(batch, tl.int64), tl.cast(start, tl.int64)
     rows = at + tl.arange(0, BM)
     inside = rows < length
-    live = inside & (row < N)
+    live = rows < tl.where(row < N, length, 0)
     shown = token_mask
     if token_mask is not None:
         shown = token_mask + batch * stride_mask + start
