@@ -145,8 +145,8 @@ def launched(monkeypatch):
 
 
 def joined_args(scan=None, **prep):
-    """Arguments of delta_scan_prep_fwd. By default 8 segments, 4 groups, 2 supergroups."""
-    scan = scan_args(**{"B": 1, "H": 1, "R": 4, "T": 23, "segment_len": 3, **(scan or {})})
+    """Arguments of delta_scan_prep_fwd. By default 5 segments, 3 groups, 2 supergroups."""
+    scan = scan_args(**{"B": 1, "H": 1, "R": 4, "T": 14, "segment_len": 3, **(scan or {})})
     B, T, H, R = scan["mem_q"].shape
     prep = prep_args(**{"HQ": 2, "HKV": 2, "D": 16, **prep, "B": B, "T": T, "H": H, "R": R})
     names = ("k", "v", "delta_k", "delta_v", "k_norm_weight", "norm_eps", *NO_ROTARY, "rotary_interleaved", "positions")
@@ -169,12 +169,12 @@ def check_joined(args):
 MAPS = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
 JOINED = {
     "rank_4": {},
-    "rank_8": {"scan": {"R": 8, "T": 11, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1},
-    "rank_5": {"scan": {"R": 5, "mask": 0.3, "raw": True, "free": True, "T": 17}, "interleaved": True},
+    "rank_8": {"scan": {"R": 8, "T": 9, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1},
+    "rank_5": {"scan": {"R": 5, "mask": 0.3, "raw": True, "free": True, "T": 9, "segment_len": 2}, "interleaved": True},
     "rank_16": {"scan": {"R": 16, "T": 5, "segment_len": 1, "gate": 1}, "HKV": 1, "tables": 3},
-    "states": {"scan": {"B": 2, "H": 2, "T": 17}, "absent": ("delta_v",), "positions": True},
-    "packed": {"scan": {"packed": (0, 2, 2, 16, 20), "mask": 0.2}},
-    "packed_beside": {"scan": {"packed": (0, 17)}, "absent": ("v", "delta_k", "delta_v")},
+    "states": {"scan": {"B": 2, "H": 2, "T": 13}, "absent": ("delta_v",), "positions": True},
+    "packed": {"scan": {"packed": (0, 2, 2, 12, 16), "T": 18, "mask": 0.2}},
+    "packed_beside": {"scan": {"packed": (0, 12)}, "absent": ("v", "delta_k", "delta_v")},
     "values": {"absent": ("k", "delta_k", "k_norm_weight", *NO_ROTARY)},
 }
 
@@ -222,9 +222,9 @@ def test_joined_tells_compilers_the_truth():
     torch.library.opcheck(ops.handle("delta_scan_prep_fwd", "triton"), tuple(args.values()))
 
 
-@pytest.mark.parametrize("trains", (False, True))
-def test_chain_joins(trains, launched, monkeypatch, capsys):
-    """fused_delta_attention in segments of two tokens, against the reference; explain names the op that ran."""
+def test_chain_joins(launched, monkeypatch, capsys):
+    """fused_delta_attention and its gradients in segments of two tokens, against the reference; explain names the op
+    that ran."""
     from deltamem_kernels.triton_ops import delta_prep, delta_scan, delta_scan_bwd, scan_plan
 
     for module in (ops, delta_prep, delta_scan, delta_scan_bwd, scan_plan):
@@ -234,11 +234,10 @@ def test_chain_joins(trains, launched, monkeypatch, capsys):
     results = {}
     for backend in ("triton", "reference"):
         given = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
-        leaves = [x.requires_grad_(trains) for x in given.values() if isinstance(x, torch.Tensor)]
+        leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor)]
         out, reads, final_state, _ = function(**given, backend=backend)
-        if trains:
-            (out.square().sum() + reads.square().sum() + final_state.sum()).backward()
-        results[backend] = (out, reads, final_state, *(x.grad for x in leaves if trains))
+        (out.square().sum() + reads.square().sum() + final_state.sum()).backward()
+        results[backend] = (out, reads, final_state, *(x.grad for x in leaves))
     for got, want in zip(*results.values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert launched[:3] == [*MAPS[:2], "replay_prep_kernel"] and "replay_kernel" not in launched

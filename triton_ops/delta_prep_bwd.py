@@ -49,7 +49,8 @@ def prep_bwd_kernel(
         weight_b = load_weight(delta_ptr, row + second, second < D, stride_delta, j0, J, JC)[:, None, :]
         ddelta_a = tl.zeros([JC, BT, P], tl.float32)
         ddelta_b = tl.zeros([JC, BT, P], tl.float32)
-    for start in range(chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, n_tokens), BT):
+    start = chunk * chunk_tokens
+    while start < tl.minimum((chunk + 1) * chunk_tokens, n_tokens):
         n = start + tl.arange(0, BT)
         n_ok = n < n_tokens
         b, t = n // T, n % T
@@ -105,6 +106,7 @@ def prep_bwd_kernel(
             j = j0 + tl.arange(0, JC)
             at = (head * n_tokens.to(tl.int64) + n)[None, :] * J + j[:, None]
             tl.store(dreads_ptr + at, dr, mask=n_ok[None, :] & (j < J)[:, None])
+        start += BT
     part = chunk * n_heads + head
     if delta_ptr is not None:
         j = (j0 + tl.arange(0, JC))[:, None]

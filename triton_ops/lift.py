@@ -72,11 +72,12 @@ def lift_rows(
 def add_parts_kernel(parts_ptr, total_ptr, size, n_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     """total[i] = sum over parts of parts[p, i]: PARTS sums of every PARTS-th part, then their tree, in every run."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    p = tl.arange(0, PARTS)
+    p, first = tl.arange(0, PARTS), 0
     sums = tl.zeros([PARTS, BLOCK], tl.float32)
-    for first in range(0, n_parts, PARTS):
-        at = (first + p).to(tl.int64)[:, None] * size + i[None, :]
-        sums += tl.load(parts_ptr + at, mask=(i < size)[None, :] & (first + p < n_parts)[:, None], other=0.0)
+    while first < n_parts:
+        at = p.to(tl.int64)[:, None] * size + i[None, :]
+        sums += tl.load(parts_ptr + at, mask=(i < size)[None, :] & (p < n_parts)[:, None], other=0.0)
+        p, first = p + PARTS, first + PARTS
     tl.store(total_ptr + i, tl.sum(sums, 0).to(total_ptr.dtype.element_ty), mask=i < size)
 
 

@@ -83,7 +83,8 @@ def prep_heads(
     first, second = pair_channels(D, HALF, INTERLEAVED, P)
     x_at += first_head.to(tl.int64) * stride_xh
     y_at += first_head.to(tl.int64) * stride_yh
-    for head in range(first_head, end_head):
+    head = first_head
+    while head < end_head:
         a, b = load_pairs(x_ptr + tall(x_at), tall(live), D, HALF, INTERLEAVED, P)
         if delta_ptr is not None:
             row = head * D
@@ -98,6 +99,7 @@ def prep_heads(
         store_pairs(y_ptr + tall(y_at), a, b, tall(n_ok), D, HALF, INTERLEAVED, P)
         x_at += stride_xh
         y_at += stride_yh
+        head += 1
 
 
 def rotary_strides(table):

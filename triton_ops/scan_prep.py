@@ -64,8 +64,8 @@ def replay_prep_kernel(
                 begin = tl.load(cu_seqlens + N).to(tl.int64)
                 first, end, step = block * BT, T - begin, tl.num_programs(0).to(tl.int64) * BT
         b = n * (1 - PACKED)
-        for row in range(first, end, step):
-            index = row + tl.arange(0, BT)
+        while first < end:
+            index = first + tl.arange(0, BT)
             t, n_ok = begin + index, index < end
             live = n_ok & alive
             read_at = b * reads[1] + t * reads[2]
@@ -87,6 +87,7 @@ def replay_prep_kernel(
                     read_at, n_ok, live, 0.0, 0.0, v_head, min(v_head + group, HKV), stride_vh, stride_voh, stride_dv,
                     reads[0], reads[3], eps, False, J, R, JC, D, HALF, INTERLEAVED, P,
                 )  # fmt: skip
+            first += step
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "slots", "second", "third", "blocks", "n_tokens", "steps", "heads"])
