@@ -49,6 +49,14 @@ def find_tile(tile, cu_seqlens, N, T, BM: tl.constexpr):
 
 
 @triton.jit
+def owned(row, length, cu_seqlens, N):
+    """Tokens of the row that a sequence owns: none of those past cu_seqlens[N]."""
+    if cu_seqlens is not None:
+        length = tl.where(row < N, length, 0)
+    return length
+
+
+@triton.jit
 def count_unmasked(mask, tokens):
     """Number of set entries among mask[0 .. tokens]."""
     found = tl.zeros([1024], tl.int32)

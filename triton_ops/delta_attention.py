@@ -21,6 +21,7 @@ from .attention import (
     count_unmasked,
     find_tile,
     load_rows,
+    owned,
     past_full,
     product,
     tanh,
@@ -157,7 +158,7 @@ def attention_fwd_kernel(
     row, batch = row.to(tl.int64), tl.cast(batch, tl.int64)
     step = at + tl.arange(0, BM)
     tokens = start + step
-    count = tl.where(row < N, length, 0)
+    count = owned(row, length, cu_seqlens, N)
     low, end = 0, length
     if cache_seqlens is not None:
         if token_mask is not None:
