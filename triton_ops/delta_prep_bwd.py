@@ -17,8 +17,9 @@ from .prep_tiles import lifted, outer_strides, rotary_strides, tall, token_angle
 from .prologue import load_pairs, pair_channels, pair_count, store_pairs
 from .sequences import search_steps, sequence_of
 
-# A tile's sums of JC columns per channel fill 2 x 32 registers of a thread at D = 128.
-BWD_ELEMENTS, BWD_WARPS = 512, 4  # tokens x pairs of a tile
+# (tokens x pairs, warps) of a tile: its sums of JC columns per channel fill 2 x 32 registers of a thread. Rows of at
+# most 32 pairs are one warp's, so that a weight's row is one load of 16 bytes.
+TILE, NARROW_TILE = (512, 4), (128, 1)
 CHUNK_TOKENS, MAX_CHUNKS = 256, 32
 
 
@@ -129,7 +130,8 @@ def _head_grads(
     B, T, heads, D = x.shape
     H, R = (1, 1) if delta is None else reads.shape[2:]
     J, JC, P, n_tokens = H * R, columns(H * R), pair_count(D), B * T
-    BT = min(max(1, BWD_ELEMENTS // P), 32)
+    elements, warps = NARROW_TILE if P <= 32 else TILE
+    BT = min(max(1, elements // P), 32)
     chunks = min(triton.cdiv(n_tokens, CHUNK_TOKENS), MAX_CHUNKS)
     chunk_tokens = triton.cdiv(triton.cdiv(n_tokens, max(chunks, 1)), BT) * BT
     n_rows = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -149,7 +151,7 @@ def _head_grads(
             *outer_strides(reads if delta is not None else None), *outer_strides(delta, 1),
             *rotary_strides(cos), *rotary_strides(sin), *outer_strides(positions, 1),
             GATHERED=gathered, BT=BT, J=J, R=R, JC=JC, D=D, HALF=0 if cos is None else cos.shape[-1],
-            INTERLEAVED=interleaved and cos is not None, P=P, num_warps=BWD_WARPS,
+            INTERLEAVED=interleaved and cos is not None, P=P, num_warps=warps,
         )  # fmt: skip
     return (
         dx,
