@@ -139,23 +139,22 @@ def lowerings():
             yield from launches(name, delta_scan_fwd, *memory, *options, True)
             tape = meta(*tape_shape(memory[0], cu_seqlens, 0))
             yield from launches(name, delta_scan_bwd, meta(B, T, H, R), start, *memory, *options, tape)
-        for T, R, dtype in (
-            *((1, R, half) for R in (4, 8, 16, 32, 64)), (1, 8, full), (4, 8, half), (16, 8, full), (16, 16, full),
-            (16, 64, half), (8192, 8, half),
-        ):  # fmt: skip
-            memory = tokens(1 if T > 16 else 64, T, 1, R, dtype, R, False)
-            pool, slots = meta(128, 1, R, R), meta(memory[0].shape[0], dtype=torch.int32)
-            name, reads = f"pool T={T} R={R} raw", meta(*memory[0].shape)
-            options = (None, None, meta(1, R), None, "standard", True, True, True, reads)
-            yield from launches(name, delta_scan_with_state_pool, *memory, pool, slots, None, None, *options)
-        for T, after in ((256, None), (4, meta(64, 4, dtype=torch.int32))):  # packed decode; a state after each token
-            memory = tokens(1 if after is None else 64, T, 1, 8, half, 8, False)
-            slots = meta(256 if after is None else 64, dtype=torch.int32)
-            cu_seqlens, reads = meta(257, dtype=torch.int32) if after is None else None, meta(*memory[0].shape)
-            options = (None, cu_seqlens, meta(1, 8), None, "standard", True, True, True, reads)
-            pool = meta(512, 1, 8, 8)
-            yield from launches(
-                f"pool T={T} R=8 slots", delta_scan_with_state_pool, *memory, pool, slots, after, None, *options
-            )
+        for B, T, R, dtype, N, snapshots in (
+            *((64, 1, R, half, 0, False) for R in (4, 8, 16, 32, 64)),
+            (64, 1, 8, full, 0, False),
+            (1, 256, 8, half, 256, False),
+            (64, 4, 8, half, 0, True),
+            (64, 16, 8, full, 0, False),
+            (64, 16, 16, full, 0, False),
+            (64, 16, 64, half, 0, False),
+            (1, 8192, 8, half, 0, False),
+        ):
+            memory = tokens(B, T, 1, R, dtype, R, False)
+            pool, slots, reads = meta(512, 1, R, R), meta(N or B, dtype=torch.int32), meta(B, T, 1, R)
+            after = meta(B, T, dtype=torch.int32) if snapshots else None
+            cu_seqlens = meta(N + 1, dtype=torch.int32) if N else None
+            options = (None, cu_seqlens, meta(1, R), None, "standard", True, True, True, reads)
+            name = " ".join(filter(None, (f"pool {B}x{T} R={R} raw", N and "packed", snapshots and "snapshots")))
+            yield from launches(name, delta_scan_with_state_pool, *memory, pool, slots, after, None, *options)
 
     yield from unique(found())

@@ -34,8 +34,9 @@ FEW_LANES = 4096
 
 
 # RP -> tokens that the backward makes states of at a time, and uses at a time. It leaves one state in memory for each
-# of the latter: at 2, half of the history of the segments at work, and one replay of every other token.
-BLOCKS = {1: (4, 2), 2: (4, 2), 4: (4, 2), 8: (4, 2), 16: (2, 2), 32: (2, 2), 64: (2, 2)}
+# of the latter: at 2, half of the history of the segments at work, and one replay of every other token. Where a lane
+# holds 16 channels two tokens are more than its registers.
+BLOCKS = {1: (4, 2), 2: (4, 2), 4: (4, 2), 8: (4, 2), 16: (2, 1), 32: (2, 1), 64: (2, 1)}
 
 # Lanes from which the backward joins segments: a warp for each of an H200's 528 schedulers. It bounds the states that
 # it leaves in memory, and its maps.
