@@ -106,7 +106,6 @@ SEGMENTED = {
     "raw": {"raw": True, "free": True, "mask": 0.3, "H": 1},
     "raw_shared_gates": {"raw": True, "gate": 1, "R": 3},
     "rank_1": {"R": 1},
-    "rank_8": {"R": 8, "H": 1, "dtypes": (BF16,)},
     "rank_16": {"R": 16, "H": 1, "gate": 1, "T": 5, "segment_len": 1},
     "packed": {"packed": (0, 2, 2, 16, 22), "mask": 0.2},
     "packed_shared_gates": {"packed": (0, 20), "gate": 1, "state": False},
@@ -123,9 +122,13 @@ def test_segments(case, segmented):
     assert segmented == [*levels, "replay_kernel", *levels, "reverse_kernel", *after]
 
 
-def test_rank_16_row_gates(segmented):
-    """Maps too large for registers, on two levels: the third is as for smaller ones."""
-    check_scan("triton", scan_args(B=1, H=1, R=16, T=3, segment_len=1))
+@pytest.mark.parametrize("R, vectors", ((8, 3), (16, 6)))
+def test_larger_maps(R, vectors, segmented, monkeypatch):
+    """On two levels: the third is as for smaller ones. A map of rank 16 is too large to be fetched ahead."""
+    from deltamem_kernels.triton_ops import scan_plan
+
+    monkeypatch.setitem(scan_plan.MAP_VECTORS, R, (vectors, vectors))
+    check_scan("triton", scan_args(B=1, H=1, R=R, T=3, segment_len=1, dtypes=(BF16,)))
     assert segmented.count("compose_maps_kernel") == 2
 
 
