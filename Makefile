@@ -1,6 +1,7 @@
 # make demo   install, benchmark decode throughput here, and stream a text through delta-mem layers
 # make test   install, lint, and run every test against the installed wheel
 # make static every Triton kernel compiled for every supported GPU, without one: registers, spills, instructions
+# make gpu    where a CUDA device is: test, compute-sanitizer and benchmark on it, without a network
 # The rest: make lint, format, sanitize, bench, clean.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test static lint format sanitize bench clean
+.PHONY: demo test static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
@@ -58,6 +59,50 @@ bench: $(VENV)/installed
 	mkdir -p bench/results
 	for name in scan decode prefill training host; do \
 	  $(BIN)/python bench/$$name.py --output bench/results/$$name.json || exit 1; done
+
+# On a machine with a CUDA device. Nothing is downloaded and no environment is made: GPU_PYTHON names a Python that has
+# torch, Triton, pytest, tqdm, matplotlib and what builds the wheel. Each step also runs alone, as does each benchmark
+# (make gpu-bench-decode); none stops the others. Where git does not know the sources, say DELTAMEM_COMMIT=...
+GPU_PYTHON ?= python3
+GPU_BUILD := $(CURDIR)/build/gpu
+GPU_RUN = PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 $(GPU_PYTHON)
+GPU_NAME = $(shell nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | tr 'A-Z ' 'a-z-')
+# a test compiles kernels most of its time: processes share that where pytest-xdist is
+PYTEST_ARGS ?= $(shell $(GPU_PYTHON) -c "import xdist; print('-n 12 --dist worksteal')" 2>/dev/null)
+GPU_TESTS ?= .
+SANITIZER ?= compute-sanitizer
+
+gpu:
+	$(MAKE) -k gpu-test gpu-memcheck gpu-racecheck gpu-bench
+
+$(GPU_BUILD)/installed: $(SOURCES)
+	$(GPU_PYTHON) -c "import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)"
+	rm -rf $(GPU_BUILD)
+	$(GPU_PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
+	touch $@
+
+gpu-test: $(GPU_BUILD)/installed
+	cd tests && DELTAMEM_TEST_BACKENDS=reference,cpu,triton $(GPU_RUN) -m pytest -m gpu --durations=8 $(PYTEST_ARGS) $(GPU_TESTS)
+
+# Every allocation its own, so that an access behind a tensor is an access behind an allocation.
+SANITIZED_TESTS := test_gpu.py -k "public_api and triton"
+gpu-memcheck: $(GPU_BUILD)/installed
+	cd tests && PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 \
+	  $(SANITIZER) --tool memcheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu $(SANITIZED_TESTS)
+
+gpu-racecheck: $(GPU_BUILD)/installed
+	cd tests && PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 \
+	  $(SANITIZER) --tool racecheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu $(SANITIZED_TESTS)
+
+GPU_OPTIONS_decode := --batches 1 4 16
+GPU_OPTIONS_prefill := --tokens 2048 8192 32768
+GPU_OPTIONS_training := --tokens 2048 8192
+GPU_OPTIONS_host := --backend triton
+gpu-bench: $(addprefix gpu-bench-,scan decode prefill training host)
+
+gpu-bench-%: $(GPU_BUILD)/installed
+	mkdir -p bench/results
+	$(GPU_RUN) bench/$*.py --device cuda $(GPU_OPTIONS_$*) --output bench/results/$(GPU_NAME)-$*.json
 
 clean:
 	rm -rf $(VENV) build demo

@@ -92,8 +92,8 @@ def truth(copies: Copies, memory: bool):
 
 def check_attention(copies: Copies, dtype) -> dict[str, str]:
     """Gate every torch formulation of the bare attention on copy 0. -> those that failed, and why."""
-    calls = {name: copies.bare(attention)[0] for name, attention in eager.DECODE_ATTENTION.items()}
     q = copies.layer(0)["q"].double()
+    calls = {name: copies.bare(attention)[0] for name, attention in eager.decode_attention(q.device).items()}
     rows = [
         eager.bmm_softmax32_bmm(
             q[b : b + 1], copies.torch_k[0, b : b + 1].double(), copies.torch_v[0, b : b + 1].double()
@@ -106,8 +106,8 @@ def check_attention(copies: Copies, dtype) -> dict[str, str]:
     for name, call in calls.items():
         try:
             timing.gate(name, call(), want, allowed)
-        except timing.GateError as error:
-            failed[name] = str(error)
+        except (timing.GateError, RuntimeError) as error:
+            failed[name] = str(error).splitlines()[0]
     return failed
 
 
@@ -139,12 +139,13 @@ def run_shape(shape: Shape, dtype, device, backends, ceiling, seconds) -> list[d
     copies = Copies(shape, dtype, device)
     failed = check_attention(copies, dtype)
     check_kernels(copies, backends, dtype)
-    contest = {name: copies.bare(attention) for name, attention in eager.DECODE_ATTENTION.items() if name not in failed}
+    attentions = {name: call for name, call in eager.decode_attention(device).items() if name not in failed}
+    contest = {name: copies.bare(attention) for name, attention in attentions.items()}
     formulations = timing.measure(contest, device, seconds / 5)
     best = min(formulations, key=lambda name: formulations[name].median)
     cases = {
-        "torch attention": copies.bare(eager.DECODE_ATTENTION[best]),
-        "torch + eager delta-mem": copies.chain(eager.DECODE_ATTENTION[best]),
+        "torch attention": copies.bare(attentions[best]),
+        "torch + eager delta-mem": copies.chain(attentions[best]),
     }
     for backend in backends:
         name = "kernel" if backend == "auto" else f"{backend} kernel"

@@ -3,10 +3,12 @@
 Torch attention is fastest on caches of [B, HKV, S, D]; the kernels get [B, S, HKV, D], flash_attn's layout.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 NORM_EPS = 1e-6
 
@@ -42,13 +44,45 @@ def bmm_softmax32_bmm(q, k, v):
     return (torch.softmax(scores.to(_wide(scores)), -1).to(q.dtype) @ v).reshape(q.shape)
 
 
-DECODE_ATTENTION: dict[str, Attention] = {
-    "sdpa gqa": sdpa,
-    "sdpa folded into sequence": sdpa_group_as_sequence,
-    "sdpa folded into batch": sdpa_group_and_head_as_batch,
-    "bmm-softmax-bmm": bmm_softmax_bmm,
-    "bmm-softmax32-bmm": bmm_softmax32_bmm,
-}
+def decode_attention(device: torch.device) -> dict[str, Attention]:
+    found = {
+        "sdpa gqa": sdpa,
+        "sdpa folded into sequence": sdpa_group_as_sequence,
+        "sdpa folded into batch": sdpa_group_and_head_as_batch,
+        "bmm-softmax-bmm": bmm_softmax_bmm,
+        "bmm-softmax32-bmm": bmm_softmax32_bmm,
+    }
+    if device.type == "cuda":
+        folded = {"gqa": sdpa, "folded into sequence": sdpa_group_as_sequence}
+        found |= {f"{name} sdpa {how}": only(name, call) for name in LIBRARIES for how, call in folded.items()}
+        found["flex attention"] = flex
+    return found
+
+
+# Attention libraries that torch carries on a GPU; sdpa's own choice among them is a formulation, too.
+LIBRARIES = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def only(library: str, attention: Attention) -> Attention:
+    """Raises where the library does not cover the call."""
+
+    def run(q, k, v):
+        with sdpa_kernel(LIBRARIES[library]):
+            return attention(q, k, v)
+
+    return run
+
+
+@functools.cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    torch._dynamo.config.recompile_limit = 64  # one per shape; beyond the limit it would run uncompiled
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(q, k, v):
+    return _compiled_flex()(q.transpose(1, 2), k, v, enable_gqa=True).transpose(1, 2)
 
 
 def _grouped(q, k):
@@ -75,21 +109,52 @@ def causal_sdpa_by_group_member(q, k, v):
     return torch.stack(outs, 2).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
+def causal_sdpa_of_copied_heads(q, k, v):
+    """For a library that wants as many kv heads as query heads."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2) for x in (k, v))
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)
+
+
+@functools.cache
+def _causal_blocks(tokens, device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(lambda b, h, i, j: i >= j, None, None, tokens, tokens, device=device)
+
+
+def causal_flex(q, k, v):
+    blocks = _causal_blocks(q.shape[1], q.device)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return _compiled_flex()(*heads_first, block_mask=blocks, enable_gqa=True).transpose(1, 2)
+
+
+QUERY_BLOCK = 2048
+
+
 def causal_bmm(q, k, v):
-    """Softmax in fp32, at least; a kv head at a time to bound the memory of the scores."""
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu(1)
+    """Softmax in fp32, at least; a kv head and a block of queries at a time to bound the memory of the scores."""
     outs = []
     for head, queries in enumerate(q.unflatten(2, (k.shape[2], -1)).unbind(2)):
-        scores = torch.einsum("btgd,bsd->bgts", queries, k[:, :, head]) * q.shape[-1] ** -0.5
-        weights = torch.softmax(scores.to(_wide(scores)).masked_fill(future, -torch.inf), -1).to(q.dtype)
-        outs.append(torch.einsum("bgts,bsd->btgd", weights, v[:, :, head]))
+        blocks = []
+        for first in range(0, q.shape[1], QUERY_BLOCK):
+            block = queries[:, first : first + QUERY_BLOCK]
+            seen = first + block.shape[1]
+            scores = torch.einsum("btgd,bsd->bgts", block, k[:, :seen, head]) * q.shape[-1] ** -0.5
+            future = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).triu(first + 1)
+            weights = torch.softmax(scores.to(_wide(scores)).masked_fill(future, -torch.inf), -1).to(q.dtype)
+            blocks.append(torch.einsum("bgts,bsd->btgd", weights, v[:, :seen, head]))
+        outs.append(torch.cat(blocks, 1))
     return torch.cat(outs, 2)
 
 
-PREFILL_ATTENTION: dict[str, Attention] = {
-    "sdpa gqa": causal_sdpa,
-    "sdpa by group member": causal_sdpa_by_group_member,
-}
+def prefill_attention(device: torch.device) -> dict[str, Attention]:
+    found = {"sdpa gqa": causal_sdpa, "sdpa by group member": causal_sdpa_by_group_member}
+    if device.type == "cuda":
+        forms = {"gqa": causal_sdpa, "of copied heads": causal_sdpa_of_copied_heads}
+        found |= {f"{name} sdpa {how}": only(name, call) for name in LIBRARIES for how, call in forms.items()}
+        found["flex attention"] = causal_flex
+    return found
 
 
 # ---------------------------------------------------------------- memory

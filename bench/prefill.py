@@ -1,5 +1,7 @@
 """Prefill of one attention layer: memory scan, correction, QK-norm, RoPE, causal attention of a sequence.
 
+Rows: the bare attention on tensors that are ready, in its fastest torch formulation and ours; this package's scan and
+prep in front of that torch attention; everything by our kernels; and the memory in eager torch.
 GFLOP/s counts the causal half of the two attention products and nothing else.
 """
 
@@ -9,35 +11,130 @@ import eager
 import timing
 import torch
 
-from deltamem_kernels import fused_delta_attention
+from deltamem_kernels import backends, fused, fused_delta_attention, ops
 
 COLUMNS = {
     "T": 5,
-    "row": -24,
+    "row": -29,
     "ms": 8,
-    "tokens/s": 8,
+    "tokens/s": 10,
     "GFLOP/s": 8,
     "of GEMM rate": 12,
     "memory adds": 11,
     "vs torch": 8,
 }
+# row -> the row that it adds a memory to
+WITHOUT = {
+    "torch + eager delta-mem": "torch attention",
+    "scan + prep + torch attention": "prep + torch attention",
+    "kernel, delta-mem": "kernel, no memory",
+}
 
 
-def check(layer, dtype, kernel) -> None:
-    """Gate out and reads, with and without memory, and the torch formulations, against fp64."""
+def kernel(backend, layer, memory):
+    keywords = eager.kernel_arguments(layer, memory)
+    return fused_delta_attention(layer["q"], layer["k"], layer["v"], backend=backend, **keywords)
+
+
+def kernel_attention(backend, layer):
+    return fused_delta_attention(layer["q"], layer["k"], layer["v"], backend=backend).out
+
+
+def chain(backend, attention, layer, memory):
+    """A torch attention behind this package's scan and prep."""
+    kernels = ops.OVERLOADS[backend]
+    given = eager.kernel_arguments(layer, memory)
+    reads = None
+    if memory:
+        tensors = fused.Memory(*(given.get(name) for name in fused.Memory._fields))
+        scan = fused.Scan("standard", True, True, True)
+        reads, _, _ = fused.scan_forward(kernels, tensors, scan, None, None, None, False)
+    plain = dict.fromkeys(fused.Corrections._fields) | {"norm_eps": eager.NORM_EPS, "rotary_interleaved": False}
+    fix = fused.Corrections(**plain | {name: x for name, x in given.items() if name in plain})
+    return attention(*fused.prepare(kernels, layer["q"], layer["k"], layer["v"], reads, fix, None))
+
+
+def check_attention(layer, dtype, backend) -> dict[str, str]:
+    """Gate the bare attention, ours and every torch formulation. -> those of torch that failed, and why."""
     q, k, v = (layer[name] for name in "qkv")
     want = eager.causal_bmm(q.double(), k.double(), v.double())
     allowed = timing.budget(eager.causal_bmm(q, k, v), want, dtype)
-    for name, attention in eager.PREFILL_ATTENTION.items():
-        timing.gate(name, attention(q, k, v), want, allowed)
+    timing.gate("kernel attention", kernel_attention(backend, layer), want, allowed)
+    failed = {}
+    for name, attention in eager.prefill_attention(q.device).items():
+        try:
+            timing.gate(name, attention(q, k, v), want, allowed)
+        except (timing.GateError, RuntimeError) as error:
+            failed[name] = str(error).splitlines()[0]
+    return failed
+
+
+def check_layer(layer, dtype, backend, attention) -> None:
+    """Gate out and reads of the whole layer, with and without memory, against fp64."""
     for memory in (False, True):
         want, want_reads, _ = eager.prefill(eager.in_fp64(layer), eager.causal_bmm, memory)
         plain, _, _ = eager.prefill(layer, eager.causal_bmm, memory)
-        result = kernel(layer, memory)
-        name = f"fused_delta_attention {'with' if memory else 'without'} memory"
-        timing.gate(f"{name}: out", result.out, want, timing.budget(plain, want, dtype))
+        allowed = timing.budget(plain, want, dtype)
+        result = kernel(backend, layer, memory)
+        name = f"{'with' if memory else 'without'} memory"
+        timing.gate(f"fused_delta_attention {name}: out", result.out, want, allowed)
+        timing.gate(f"prep and torch attention {name}: out", chain(backend, attention, layer, memory), want, allowed)
         if memory:
-            timing.gate(f"{name}: reads", result.reads, want_reads, 1e-5)
+            timing.gate(f"fused_delta_attention {name}: reads", result.reads, want_reads, 1e-5)
+
+
+def run_length(layer, dtype, device, backend, ceilings, seconds) -> tuple[dict, dict]:
+    """-> timings by row, and what stands in the results beside them"""
+    failed = check_attention(layer, dtype, backend)
+    read = sum(layer[name].nbytes for name in "qkv")
+    copies = [{name: x.clone() for name, x in layer.items()} for _ in range(timing.copies_beyond_cache(read, device))]
+
+    def each(call, *args):
+        return [partial(call, copy, *args) for copy in copies]
+
+    formulations = {n: call for n, call in eager.prefill_attention(device).items() if n not in failed}
+    contest = timing.measure(
+        {n: each(lambda copy, call=call: call(*(copy[x] for x in "qkv"))) for n, call in formulations.items()},
+        device,
+        seconds / 5,
+    )
+    best = min(contest, key=lambda name: contest[name].median)
+    attention = formulations[best]
+    check_layer(layer, dtype, backend, attention)
+    cases = {
+        "torch attention": each(lambda copy: attention(*(copy[x] for x in "qkv"))),
+        "kernel attention": each(partial(kernel_attention, backend)),
+        "prep + torch attention": each(partial(chain, backend, attention), False),
+        "scan + prep + torch attention": each(partial(chain, backend, attention), True),
+        "kernel, no memory": each(partial(kernel, backend), False),
+        "kernel, delta-mem": each(partial(kernel, backend), True),
+    }
+    times = timing.measure({name: [ceiling.call] for name, ceiling in ceilings.items()} | cases, device, seconds)
+    # a loop over tokens: a few turns of its own, and no graph of that many launches
+    loop = {"torch + eager delta-mem": each(eager.prefill, attention)}
+    times |= timing.measure(loop, device, seconds, graph=False, rounds=3)
+    contest_ms = {name: timed.median * 1e3 for name, timed in contest.items()}
+    reached = {name: ceiling.rate(times.pop(name)) for name, ceiling in ceilings.items()}
+    return times, {"formulation": best, "contest_ms": contest_ms, "contest_failed": failed, **reached}
+
+
+def results(tokens, batch, flops, times, beside):
+    fastest = times["torch attention"].median
+    for name, timed in times.items():
+        base = times.get(WITHOUT.get(name))
+        yield {
+            "T": tokens,
+            "row": name,
+            "ms": timed.median * 1e3,
+            "ms_low": timed.low * 1e3,
+            "ms_high": timed.high * 1e3,
+            "samples": timed.samples,
+            "tokens_per_s": batch * tokens / timed.median,
+            "flop_per_s": flops / timed.median,
+            "memory_overhead": timed.median / base.median - 1 if base else None,
+            "speedup_over_fastest_torch": fastest / timed.median,
+            **beside,
+        }
 
 
 def main() -> None:
@@ -50,66 +147,34 @@ def main() -> None:
     heads, kv_heads, dim = map(int, options.geometry.split("/"))
     env = timing.environment(device, options.dtype)
     timing.print_header(f"prefill: one attention layer, {options.geometry}, batch {options.batch}", env)
-
-    def kernel(layer, memory):
-        keywords = eager.kernel_arguments(layer, memory)
-        return fused_delta_attention(layer["q"], layer["k"], layer["v"], backend=options.backend, **keywords)
-
-    ceiling = timing.gemm_ceiling(device, dtype)
+    gemm, memory = timing.gemm_ceiling(device, dtype), timing.read_ceiling(device)
+    ceilings = {"gemm_flop_per_s": gemm, "memory_bytes_per_s": memory}
     table = timing.Table(COLUMNS)
     rows = []
     with torch.inference_mode(), timing.progress(options.tokens, "prefill") as bar:
         for tokens in bar:
             layer = eager.random_layer(options.batch, tokens, heads, kv_heads, dim, tokens, dtype, device)
-            check(layer, dtype, kernel)
-            bare = {
-                name: [partial(attention, *(layer[x] for x in "qkv"))]
-                for name, attention in eager.PREFILL_ATTENTION.items()
-            }
-            cases = {
-                **bare,
-                "torch + eager delta-mem": [partial(eager.prefill, layer)],
-                "kernel, no memory": [partial(kernel, layer, False)],
-                "kernel, delta-mem": [partial(kernel, layer, True)],
-            }
-            times = timing.measure({"ceiling": [ceiling.call], **cases}, device, options.seconds)
-            fastest = min(times[name].median for name in bare)
+            backend = backends.choose("fused_delta_attention", options.backend, layer["q"], layer["mem_q"].shape[-1])
+            times, beside = run_length(layer, dtype, device, backend, ceilings, options.seconds)
             flops = 2 * options.batch * heads * tokens * tokens * dim
-            bases = {
-                "torch + eager delta-mem": fastest,
-                "kernel, delta-mem": times["kernel, no memory"].median,
-            }
-            for name in cases:
-                timed, base = times[name], bases.get(name)
-                rows.append(
-                    {
-                        "T": tokens,
-                        "row": name,
-                        "ms": timed.median * 1e3,
-                        "ms_low": timed.low * 1e3,
-                        "ms_high": timed.high * 1e3,
-                        "samples": timed.samples,
-                        "tokens_per_s": options.batch * tokens / timed.median,
-                        "flop_per_s": flops / timed.median,
-                        "gemm_flop_per_s": ceiling.rate(times["ceiling"]),
-                        "memory_overhead": timed.median / base - 1 if base else None,
-                        "speedup_over_fastest_torch": fastest / timed.median,
-                    }
-                )
-                row = rows[-1]
+            measured = list(results(tokens, options.batch, flops, times, beside | {"backend": backend}))
+            for row in measured:
+                overhead = row["memory_overhead"]
                 table.row(
                     tokens,
-                    name,
-                    f"{row['ms']:.1f}",
+                    row["row"],
+                    f"{row['ms']:.3f}",
                     f"{row['tokens_per_s']:,.0f}",
                     f"{row['flop_per_s'] / 1e9:,.0f}",
                     timing.percent(row["flop_per_s"] / row["gemm_flop_per_s"]),
-                    timing.percent(row["memory_overhead"]) if base else "",
+                    "" if overhead is None else timing.percent(overhead),
                     f"{row['speedup_over_fastest_torch']:.2f}x",
                 )
+            rows += measured
     print(
-        f"\n{ceiling.name}, timed beside each shape: {rows[-1]['gemm_flop_per_s'] / 1e9:,.0f} GFLOP/s. "
-        "'vs torch' compares with the faster bare torch attention."
+        f"\n{gemm.name}, timed beside each shape: {rows[-1]['gemm_flop_per_s'] / 1e9:,.0f} GFLOP/s; {memory.name}: "
+        f"{rows[-1]['memory_bytes_per_s'] / 1e9:,.0f} GB/s. 'vs torch' "
+        f"compares with the fastest torch attention: {', '.join(sorted({row['formulation'] for row in rows}))}."
     )
     timing.write_results(options.output, env, rows)
 

@@ -1,4 +1,4 @@
-"""How every benchmark here measures: environment, correctness gate, interleaved medians, ceilings, results.
+"""How every benchmark measures: environment, correctness gate, interleaved medians, ceilings, results.
 
 Units are seconds, bytes and operations; only the printing scales them. A case is a list of calls, one per
 buffer copy, and the copies together are larger than the last-level cache, so that no call finds its inputs
@@ -13,8 +13,10 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +31,9 @@ METHOD = (
     "medians of interleaved rounds after warm-up, buffers rotated beyond the last-level cache, "
     "every case checked against fp64 before timing"
 )
+NVIDIA_SMI = {"driver": "driver_version", "sm_clock": "clocks.sm", "memory_clock": "clocks.mem"}
 TURN_S = 0.03  # how long a case keeps the machine in each round
+LEAST_ROUNDS = {"cpu": 3, "cuda": 20}
 
 
 # ---------------------------------------------------------------- environment
@@ -42,9 +46,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def environment(device: torch.device, dtype: str, method: str = METHOD) -> dict:
-    """Everything that a number depends on, as it stands in the results file."""
+    """Everything that a number depends on."""
     found = {
-        "hardware": _gpu_name() if device.type == "cuda" else _cpu_name(),
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "last_level_cache_bytes": cache_bytes(device),
         "threads": torch.get_num_threads(),
         "cores_busy_before": _cores_busy(),
@@ -53,18 +57,20 @@ def environment(device: torch.device, dtype: str, method: str = METHOD) -> dict:
         "triton": _version("triton"),
         "deltamem_kernels": _version("deltamem_kernels") or _version("deltamem-kernels"),
         "commit": _commit(),
+        "command": shlex.join(sys.argv),
         "dtype": dtype,
         "method": method,
     }
     if device.type == "cuda":
-        found["cuda"] = torch.version.cuda
+        found |= {"cuda": torch.version.cuda} | {name: _nvidia_smi(query) for name, query in NVIDIA_SMI.items()}
     return found
 
 
 def print_header(title: str, env: dict) -> None:
     versions = " · ".join(f"{key} {env[key]}" for key in ("deltamem_kernels", "commit", "torch", "triton", "python"))
+    device = f"driver {env['driver']} · CUDA {env['cuda']}" if "cuda" in env else f"{env['threads']} threads"
     print(
-        f"{title} · {env['dtype']}\n{env['hardware']} · {env['threads']} threads · last-level cache "
+        f"{title} · {env['dtype']}\n{env['hardware']} · {device} · last-level cache "
         f"{env['last_level_cache_bytes'] >> 20} MiB\n{versions}\n{env['method']}\n",
         flush=True,
     )
@@ -110,10 +116,8 @@ def _cpu_name() -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _gpu_name() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.max.sm", "--format=csv,noheader"]
-    driver = _output(query) or "driver unknown"
-    return f"{torch.cuda.get_device_name()}, driver and SM clocks {driver}"
+def _nvidia_smi(query: str) -> str | None:
+    return _output(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"])
 
 
 def _version(package: str) -> str | None:
@@ -124,9 +128,12 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
+    """A copy of the sources that git knows nothing of is told its commit by DELTAMEM_COMMIT."""
     git = ["git", "-C", str(Path(__file__).parent)]
     commit = _output([*git, "rev-parse", "--short", "HEAD"])
-    return commit and commit + ("+changes" if _output([*git, "status", "--porcelain", "-uno"]) else "")
+    if commit is None:
+        return os.environ.get("DELTAMEM_COMMIT") or None
+    return commit + ("+changes" if _output([*git, "status", "--porcelain", "-uno"]) else "")
 
 
 def _output(command: list[str]) -> str | None:
@@ -175,17 +182,21 @@ class Timing:
 Case = Sequence[Callable[[], object]]
 
 
-def measure(cases: dict[str, Case], device: torch.device, seconds: float, graph: bool = True) -> dict[str, Timing]:
-    """Time each case for about `seconds`, in turns. On a GPU by events, from graph replays if `graph`."""
+def measure(
+    cases: dict[str, Case], device: torch.device, seconds: float, graph: bool = True, rounds: int | None = None
+) -> dict[str, Timing]:
+    """Time each case for about `seconds` and at least `rounds` times, in turns. On a GPU by events, from graph replays
+    if `graph`; else a call that is shorter than its launches shows the time of those."""
+    least = rounds or LEAST_ROUNDS[device.type]
     if device.type != "cuda":
-        return _measure_cpu(cases, seconds)
+        return _measure_cpu(cases, seconds, least)
     if not graph:
-        return _measure_cuda(cases, dict.fromkeys(cases, 1), seconds)
+        return _measure_cuda(cases, dict.fromkeys(cases, 1), seconds, least)
     replays = {name: [_captured(calls)] for name, calls in cases.items()}
-    return _measure_cuda(replays, {name: len(calls) for name, calls in cases.items()}, seconds)
+    return _measure_cuda(replays, {name: len(calls) for name, calls in cases.items()}, seconds, least)
 
 
-def _measure_cpu(cases: dict[str, Case], seconds: float) -> dict[str, Timing]:
+def _measure_cpu(cases: dict[str, Case], seconds: float, least: int) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in cases}
     turn = dict.fromkeys(cases, 0)
     calls_per_round = {}
@@ -196,7 +207,7 @@ def _measure_cpu(cases: dict[str, Case], seconds: float) -> dict[str, Timing]:
         calls_per_round[name] = max(1, int(TURN_S / max(time.perf_counter() - start, 1e-7)))
     deadline = time.perf_counter() + seconds * len(cases)
     rounds = 0
-    while rounds < 3 or time.perf_counter() < deadline:
+    while rounds < least or time.perf_counter() < deadline:
         rounds += 1
         for name, calls in cases.items():
             # The first call of a turn still meets the previous case's spinning threads: not counted.
@@ -226,7 +237,9 @@ def _captured(calls: Case) -> Callable[[], object]:
     return captured.replay
 
 
-def _measure_cuda(cases: dict[str, Case], calls_per_sample: dict[str, int], seconds: float) -> dict[str, Timing]:
+def _measure_cuda(
+    cases: dict[str, Case], calls_per_sample: dict[str, int], seconds: float, least: int
+) -> dict[str, Timing]:
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for calls in cases.values():
         for call in calls:
@@ -234,7 +247,7 @@ def _measure_cuda(cases: dict[str, Case], calls_per_sample: dict[str, int], seco
     torch.cuda.synchronize()
     deadline = time.perf_counter() + seconds * len(cases)
     rounds = 0
-    while rounds < 20 or time.perf_counter() < deadline:
+    while rounds < least or time.perf_counter() < deadline:
         for name, calls in cases.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             calls[(rounds + 1) % len(calls)]()  # not counted: the previous case owned the caches
@@ -309,8 +322,7 @@ def fill_random(tensor: torch.Tensor) -> torch.Tensor:
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:
     """The call's highest point above the level before it, in bytes, result included; None if not observable.
 
-    CPU: resident pages, so scratch that a C++ kernel allocates counts too. Page counters lag by some hundred
-    KiB: ask about calls that use megabytes.
+    CPU: resident pages, scratch of C++ kernels included, in counters that lag by some hundred KiB.
     """
     gc.collect()
     if device.type == "cuda":

@@ -37,6 +37,7 @@ CHAINS = {
 DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
 
 MAX_RANK = 64  # of every backend but the reference
+MAX_HEAD_SIZE = 256  # of Triton's attention: wider tiles do not fit a multiprocessor's shared memory
 
 
 def _has_module(name: str) -> bool:
@@ -67,8 +68,8 @@ COVERED = {
 }
 
 
-def refusal(function: str, backend: str, device: str, dtype: torch.dtype, R: int) -> Exception | None:
-    """The error that choosing ``backend`` for this input deserves; None when it runs it."""
+def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception | None:
+    """The error that choosing ``backend`` for inputs like ``x`` deserves; None when it runs them."""
     if backend == "reference":
         return None
     if MISSING[backend]:
@@ -80,13 +81,17 @@ def refusal(function: str, backend: str, device: str, dtype: torch.dtype, R: int
             )
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
-    if device != wanted:
-        return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {device}")
-    if dtype == torch.float64:
+    if x.device.type != wanted:
+        return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {x.device.type}")
+    if x.dtype == torch.float64:
         return NotImplementedError(f"{function}: float64 is covered by backend='reference' only, got '{backend}'")
     if R > MAX_RANK:
         return NotImplementedError(
             f"{function}: ranks above {MAX_RANK} are covered by backend='reference' only, got {R} on '{backend}'"
+        )
+    if backend == "triton" and "attention" in function and x.shape[-1] > MAX_HEAD_SIZE:
+        return NotImplementedError(
+            f"{function}: head sizes above {MAX_HEAD_SIZE} are not covered by backend 'triton', got {x.shape[-1]}"
         )
     return None
 
@@ -95,14 +100,13 @@ def choose(function: str, backend: str, x: torch.Tensor, R: int) -> str:
     """The backend that runs ``function`` on inputs like ``x``, or the reason why the named one does not."""
     if backend == "auto":
         backend = DEFAULT
-    device = x.device.type
     if backend == "auto":
-        for candidate in AUTO.get(device, ("reference",)):
-            if refusal(function, candidate, device, x.dtype, R) is None:
+        for candidate in AUTO.get(x.device.type, ("reference",)):
+            if refusal(function, candidate, x, R) is None:
                 return candidate
     if backend not in ROOMS:
         raise ValueError(f"{function}: backend must be one of auto, {', '.join(ROOMS)}, got {backend!r}")
-    error = refusal(function, backend, device, x.dtype, R)
+    error = refusal(function, backend, x, R)
     if error is not None:
         raise error
     return backend
@@ -130,7 +134,7 @@ def explain(function, *args, **kwargs) -> None:
         print(f"  deltamem::{op}.{chosen}")
     for other in ROOMS:
         if other != chosen:
-            error = refusal(name, other, x.device.type, x.dtype, R)
+            error = refusal(name, other, x, R)
             reason = str(error).removeprefix(f"{name}: ") if error else f"would run it; {_why(given, chosen)}"
             print(f"  not {other}: {reason}")
 

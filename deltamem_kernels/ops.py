@@ -222,7 +222,11 @@ def _lazy(op: str, backend: str) -> Callable:
             launcher = getattr(module, op)
         return launcher(*args)
 
-    return run
+    def run_on_their_device(*args):
+        with torch.cuda.device_of(next(x for x in args if isinstance(x, torch.Tensor))):
+            return run(*args)
+
+    return run_on_their_device if backend == "triton" else run  # Triton launches on the current device
 
 
 _LIBRARY = torch.library.Library("deltamem", "DEF")

@@ -2,11 +2,13 @@
 
 from contextlib import contextmanager
 
+import pytest
 import torch
 
 from deltamem_kernels import _cpu, ops
 
 ISAS = _cpu.supported_isas()
+TRITON = pytest.param("triton", marks=pytest.mark.gpu)  # at these sizes the interpreter would take hours
 
 
 @contextmanager

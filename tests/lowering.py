@@ -1,8 +1,8 @@
 """Compiles Triton kernels for GPUs that are not there, and says what came out of it.
 
 ``python lowering.py`` prints a table of every kernel and configuration that the launchers can pick, on every
-target; ``--sample`` those of one target per configuration, in turn; ``--json`` as one JSON object per line.
-Arguments are parts of names: only configurations that contain one of them. Must run without TRITON_INTERPRET.
+target, with what is wrong with it; ``--sample`` a few of each module, over all targets; ``--json`` as one JSON object
+per line. Arguments are parts of names: only configurations that contain one of them. Must run without TRITON_INTERPRET.
 """
 
 import argparse
@@ -37,9 +37,13 @@ EXACT = ("delta_scan", "delta_prep", "delta_output")
 PRODUCTS = ("delta_attention", "delta_decode")
 STREAMING = ("delta_prep", "delta_output")
 HALF, MAIN = re.compile(r" (bf16|fp16) "), re.compile(r"^(attention|decode|prep|output)_\w*kernel .*")
-# part of a name -> targets on which it may: addresses, once per query head, outside the loop over tiles
-MAY_SPILL: dict[str, tuple[str, ...]] = {"attention_bwd_dkdv_kernel bf16": ("sm_90",)}
-SAMPLE = 7  # configurations per module that a test run compiles
+# part of a name -> targets on which it may: addresses, which wait outside the loops over tiles
+MAY_SPILL: dict[str, tuple[str, ...]] = {
+    "attention_bwd_dkdv_kernel bf16": ("sm_90",),
+    "attention_bwd_dkdv_kernel fp32 D=256": ("sm_80", "sm_86", "sm_89"),
+    "attention_bwd_dq_kernel bf16 D=128 packed": ("sm_100",),
+}
+SAMPLE = 8  # configurations per module that a test run compiles
 
 # what a table row counts in a kernel's assembly
 INSTRUCTIONS = {
@@ -54,20 +58,10 @@ INSTRUCTIONS = {
 }
 
 
-def _lowerings(module, target="sm_90"):
+def lowerings(module, target):
     """What the module's launchers pick; on that target, where they pick by device."""
-    lowerings = importlib.import_module(f"deltamem_kernels.triton_ops.{module}").lowerings
-    return lowerings(CAPABILITY[target]) if inspect.signature(lowerings).parameters else lowerings()
-
-
-def configurations(wanted=()):
-    """(module, index, name) of every lowering whose name contains one of wanted."""
-    for module in MODULES:
-        if importlib.util.find_spec(f"deltamem_kernels.triton_ops.{module}") is None:
-            continue
-        for index, (name, *_) in enumerate(_lowerings(module)):
-            if not wanted or any(part in f"{module} {name}" for part in wanted):
-                yield module, index, name
+    found = importlib.import_module(f"deltamem_kernels.triton_ops.{module}").lowerings
+    return found(CAPABILITY[target]) if inspect.signature(found).parameters else found()
 
 
 def compiled(module, index, target):
@@ -75,9 +69,8 @@ def compiled(module, index, target):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    name, kernel, signature, constexprs, options = next(
-        x for i, x in enumerate(_lowerings(module, target)) if i == index
-    )
+    configuration = next(x for i, x in enumerate(lowerings(module, target)) if i == index)
+    name, kernel, signature, constexprs, options = configuration
     row = {"module": module, "name": name, "target": target}
     # Pointers are those of fresh tensors, integers that launches specialise on are strides: both multiples of 16.
     # A tuple is a tensor with its own strides, of which nothing is known.
@@ -152,16 +145,17 @@ def faults(row):
 
 
 def jobs(sample, targets, wanted):
-    """(module, index, target) to compile. A sample takes SAMPLE configurations, evenly over the list of each
-    module, and gives them the targets in turn."""
-    by_module = {}
-    for module, index, _ in configurations(wanted):
-        by_module.setdefault(module, []).append(index)
-    for module, indices in by_module.items():
-        step = max(1, len(indices) // SAMPLE) if sample else 1
-        for n, index in enumerate(indices[::step]):
-            for target in [targets[n % len(targets)]] if sample else targets:
-                yield module, index, target
+    """(module, index, target) to compile; a sample takes about SAMPLE of each module, evenly over all of them."""
+    for module in MODULES:
+        if importlib.util.find_spec(f"deltamem_kernels.triton_ops.{module}") is None:
+            continue
+        found = [
+            (module, index, target)
+            for target in targets
+            for index, (name, *_) in enumerate(lowerings(module, target))
+            if not wanted or any(part in f"{module} {name}" for part in wanted)
+        ]
+        yield from found[:: max(1, len(found) // SAMPLE) if sample else 1]
 
 
 def rows(sample=False, targets=tuple(TARGETS), wanted=(), processes=2):
@@ -182,6 +176,7 @@ def main():
     parser.add_argument("--sample", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--target", action="append", choices=TARGETS)
+    parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("lowering.py: TRITON_INTERPRET must be unset, got 1: interpreted kernels do not compile")
@@ -189,13 +184,17 @@ def main():
     if not args.json:
         print(f"{'kernel':78}{'target':8}", *(f"{column:>9}" for column in columns))
     failed = 0
-    for row in rows(args.sample, tuple(args.target or TARGETS), args.wanted):
-        failed += "error" in row
+    for row in rows(args.sample, tuple(args.target or TARGETS), args.wanted, args.processes):
+        wrong = list(faults(row))
+        failed += bool(wrong)
         if args.json:
             print(json.dumps(row), flush=True)
-        else:
-            figures = row.get("error") or " ".join(f"{row[column]:>9}" for column in columns)
+            continue
+        if "error" not in row:
+            figures = " ".join(f"{row[column]:>9}" for column in columns)
             print(f"{row['name']:78}{row['target']:8}", figures, flush=True)
+        for fault in wrong:
+            print(f"{row['name']:78}{row['target']:8} WRONG: {fault}", flush=True)
     sys.exit(failed > 0)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_checks import (
     ISAS,
+    TRITON,
     as_fp64,
     assert_within_budget,
     call,
@@ -14,7 +15,7 @@ from kernel_checks import (
     threads,
 )
 
-BACKENDS = ["cpu"]
+BACKENDS = ["cpu", TRITON]
 NAN = float("nan")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

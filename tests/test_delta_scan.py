@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import ISAS, call, instruction_set, map_tensors, same_bits, threads
+from kernel_checks import ISAS, TRITON, call, instruction_set, map_tensors, same_bits, threads
 from safetensors import safe_open
 from scan_inputs import BF16, FP16, FP32, INPUTS, RULES, assert_close_as_eager, bwd_args, check_scan, ints, scan_args
 
-BACKENDS = ["cpu"]
+BACKENDS = ["cpu", TRITON]
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden" / "scan").glob("*.safetensors"))
 NAN = float("nan")
 
@@ -62,7 +62,8 @@ def test_nothing_to_do(backend, empty):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_official_scan(backend, path):
     with safe_open(path, "pt") as file:
-        golden = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        device = torch.get_default_device()
+        golden = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
         rule = next(rule for rule in RULES if f"scan_{rule}" in path.stem)
     free = "grad_decay" in golden
     golden["lam"], golden["grad_lam"] = (golden["decay"], golden["grad_decay"]) if free else (None, None)
@@ -96,7 +97,7 @@ def test_instruction_sets(isa, R, raw):
 def test_input_dtypes(backend):
     kinds = (FP32, BF16, FP16)
     for seed in range(12):
-        draw = torch.randint(3, (5,), generator=torch.Generator().manual_seed(seed)).tolist()
+        draw = torch.randint(3, (5,), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
         check_scan(backend, scan_args(B=1, T=20, raw=seed % 2 == 0, free=True, dtypes=[kinds[i] for i in draw]))
 
 

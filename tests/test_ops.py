@@ -6,12 +6,13 @@ import sys
 import calls
 import pytest
 import torch
+from kernel_checks import TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deltamem_kernels as dk
 from deltamem_kernels import ops, plans
 
-BACKENDS = ["reference", "cpu"]
+BACKENDS = ["reference", "cpu", TRITON]
 SCAN, POOL, FUSED, CACHE, OUTPUT = calls.FUNCTIONS
 
 

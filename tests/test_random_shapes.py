@@ -1,25 +1,27 @@
-"""A hundred random calls per public function against the reference in fp64, features drawn at random."""
+"""Random calls of each public function against the reference in fp64, features drawn at random."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from kernel_checks import TRITON
 
 import deltamem_kernels as dk
 
-BACKENDS = ["cpu"]
+hypothesis = pytest.importorskip("hypothesis")
+given, st = hypothesis.given, hypothesis.strategies
+
+BACKENDS = ["cpu", TRITON]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 SCAN_STEPS = 200
 
-examples = settings(
-    max_examples=100,
+examples = hypothesis.settings(
+    max_examples=10 if torch.cuda.is_available() else 100,  # Triton compiles for nearly every one
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 
 

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from attention_checks import cache_inputs, check_cache
 from attention_inputs import attention_args, defaults
 from gradients import ints
 from kernel_checks import as_fp64, call, map_tensors, same_bits
 from test_reference_cache import cache_case
 
+import deltamem_kernels as dk
 from deltamem_kernels import ops
 from deltamem_kernels.reference import delta_attention as reference
 
@@ -66,6 +68,7 @@ def fwd_args(dtype=FP32, masked=False, **options):
     return in_order(reference.delta_attention_fwd, args)
 
 
+FEW = {"HQ": 2, "HKV": 1}  # heads, where their grouping is not the subject
 FORWARD = {
     "one_token": {"T": 1, "D": 16},
     "causal": {"T": 37, "D": 16},
@@ -76,15 +79,16 @@ FORWARD = {
     "rotary_part": {"T": 21, "D": 20, "prologue": 4},
     "rotary_part_of_a_power_of_two": {"T": 21, "D": 16, "prologue": 4},
     "interleaved": {"T": 21, "D": 20, "prologue": 4, "rotary_interleaved": True},
-    "window": {"T": 70, "window": (5, -1), "B": 1},
-    "band": {"T": 70, "window": (7, 3), "causal": False, "B": 1},
-    "ahead": {"T": 40, "window": (-1, 2), "causal": False, "B": 1},
+    "window": {"T": 70, "window": (5, -1), "B": 1, **FEW},
+    "band": {"T": 70, "window": (7, 3), "causal": False, "B": 1, **FEW},
+    "ahead": {"T": 40, "window": (-1, 2), "causal": False, "B": 1, **FEW},
+    "huge_window": {"T": 40, "window": (0, 2**62), "causal": False, "B": 1, **FEW},
     "softcap": {"T": 37, "softcap": 2.0},
     "negative_scale": {"T": 21, "softmax_scale": -0.3, "prologue": 2},
     "masked": {"T": 37, "prologue": 2, "masked": True},
-    "masked_full": {"T": 37, "causal": False, "masked": True},
+    "masked_full": {"T": 37, "causal": False, "masked": True, **FEW},
     "packed": {"T": 61, "packed": (0, 20, 20, 57), "prologue": 2},
-    "packed_masked_window": {"T": 61, "packed": (0, 20, 20, 57), "masked": True, "window": (9, -1)},
+    "packed_masked_window": {"T": 61, "packed": (0, 20, 20, 57), "masked": True, "window": (9, -1), **FEW},
     "packed_nothing": {"T": 20, "packed": (0, 0), "prologue": 2},
     "no_tokens": {"T": 0},
 }
@@ -169,22 +173,29 @@ def test_keys_already_in_the_cache(layout):
     check_cached(cached(layout, BF16, {}, appended=False))
 
 
+@pytest.mark.parametrize("causal", (True, False))
+def test_more_queries_than_keys(causal):
+    """Keys already appended, but fewer than queries: the first queries stand before slot 0 and see nothing."""
+    case = cache_inputs([7, 40], [20, 20], D=16, page_size=3, appended=False, prologue=True, causal=causal)
+    check_cache("triton", case)
+
+
 def long_cache(page_size):
     """70 to 90 slots behind 20 queries: several key blocks, several splits, pages wider than a block."""
     S, D = 96, 16
-    args = {"q": torch.randn(2, 20, 4, D), "cache_seqlens": ints(70, 51), "cache_leftpad": ints(0, 18)}
+    args = {"q": torch.randn(2, 20, 2, D), "cache_seqlens": ints(70, 51), "cache_leftpad": ints(0, 18)}
     for name in ("k_cache", "v_cache"):
-        args[name] = torch.randn(2, S, 2, D)
+        args[name] = torch.randn(2, S, 1, D)
         args[name][0, 90:], args[name][1, 71:], args[name][1, :18] = NAN, NAN, NAN
     if page_size:
         pages = S // page_size
         table = torch.randperm(2 * pages, dtype=torch.int32).view(2, pages)
         for name in ("k_cache", "v_cache"):
-            paged = torch.empty(2 * pages, page_size, 2, D)
+            paged = torch.empty(2 * pages, page_size, 1, D)
             paged[table.long()] = args[name].unflatten(1, (pages, page_size))
             args[name] = paged
         args["block_table"] = table
-    args |= {"out": torch.full((2, 20, 4, D), NAN), "lse": torch.full((2, 4, 20), NAN), "appended": True}
+    args |= {"out": torch.full((2, 20, 2, D), NAN), "lse": torch.full((2, 2, 20), NAN), "appended": True}
     return in_order(reference.delta_attention_with_kvcache, args)
 
 
@@ -229,6 +240,21 @@ def bwd_args(args):
 def test_backward(case):
     args = bwd_args(fwd_args(**BACKWARD[case]))
     check_backward(args)
+
+
+def test_wider_heads_than_shared_memory_holds_are_refused():
+    q = torch.randn(1, 2, 2, 257)
+    with pytest.raises(NotImplementedError, match="head sizes above 256 are not covered"):
+        dk.fused_delta_attention(q, q, q, backend="triton")
+
+
+@pytest.mark.parametrize("masked", (False, True))
+def test_backward_of_scores_far_below_those_of_hidden_keys(masked):
+    """Keys past the end of a tile, or masked, have zeros for channels: exp(0 - lse) overflows."""
+    args = fwd_args(T=20, D=16, B=1, HQ=2, causal=masked, masked=masked, softmax_scale=20.0)
+    args["q"], args["k"] = (1 + torch.rand(args[name].shape) for name in ("q", "k"))
+    args["k"] *= -1
+    check_backward(bwd_args(args))
 
 
 def test_backward_of_strided_inputs_repeats_to_the_bit():

@@ -14,8 +14,8 @@ UNBOUNDED = 1 << 30  # a window side without limit; slots stay below it
 
 def window(causal: bool, left: int, right: int) -> tuple[int, int]:
     """(left, right) of the band p - left .. p + right of slots that a query at slot p sees."""
-    right = 0 if causal else right
-    return (left if left >= 0 else UNBOUNDED), (right if right >= 0 else UNBOUNDED)
+    sides = (left, 0 if causal else right)
+    return tuple(min(side, UNBOUNDED) if side >= 0 else UNBOUNDED for side in sides)
 
 
 def tile_count(B: int, T: int, cu_seqlens, BM: int) -> int:
@@ -46,6 +46,14 @@ def find_tile(tile, cu_seqlens, N, T, BM: tl.constexpr):
         start = tl.load(cu_seqlens + row)
         stop = tl.load(cu_seqlens + row + 1, mask=row < N, other=T)
         return row, 0, start, stop - start, (tile - start // BM - row) * BM
+
+
+@triton.jit
+def owned(row, length, cu_seqlens, N):
+    """Tokens of the row that a sequence owns: none of those past cu_seqlens[N]."""
+    if cu_seqlens is not None:
+        length = tl.where(row < N, length, 0)
+    return length
 
 
 @triton.jit

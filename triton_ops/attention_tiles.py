@@ -30,10 +30,11 @@ def small_shared(capability: tuple[int, int]) -> bool:
     return capability[1] in (6, 9) or capability[0] == 12
 
 
-def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None, masked: bool = False) -> Tile:
+def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None, busy: bool = False) -> Tile:
     """Shared memory holds q [BM, D] and num_stages blocks of k and of v [BN, D].
 
-    The largest tiles whose accumulator [BM, D], scores [BM, BN] and slice of q fit a thread's 255 registers.
+    The largest tiles whose accumulator [BM, D], scores [BM, BN] and slice of q fit a thread's 255 registers. busy: a
+    token mask, or a page for every key, takes registers of the loop.
     """
     if capability is None:
         return Tile(16, 16, 4, 1)
@@ -43,7 +44,7 @@ def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None,
         return Tile(128, 64, 4, 1) if D <= 128 else Tile(64, 32, 4, 1)
     if capability[0] == 9:
         # two warpgroups of 64 queries; D = 256 leaves 64 queries, and the warpgroups halve the keys
-        keys = 64 if masked else 128  # a token mask's bits take registers of the loop
+        keys = 64 if busy else 128
         return Tile(128, 128, 8, 3) if D <= 64 else Tile(128, keys, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
     if capability[0] == 10:
         return Tile(128, 64, 8, 3) if D <= 64 else Tile(128, 64, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
@@ -60,7 +61,8 @@ def backward_tiles(D: int, dtype: torch.dtype, capability: tuple[int, int] | Non
     if capability is None:
         return Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)
     if dtype == torch.float32:
-        return Tile(16, 16, 4, 1), Tile(32 if D <= 64 else 16, 16, 4, 1)
+        warps = 8 if D > 128 and capability != GFX else 4
+        return Tile(16, 16, warps, 1), Tile(32 if D <= 64 else 16, 16, 4, 1)
     if capability == GFX:
         return (Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)) if D <= 128 else (Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
     if capability[0] in (9, 10):

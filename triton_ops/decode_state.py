@@ -1,4 +1,4 @@
-"""The delta rule over a row's few tokens, S held whole by one program."""
+"""The delta rule over a row's few tokens, S of one head held whole by one program."""
 
 import triton
 import triton.language as tl
@@ -23,6 +23,18 @@ def row_span(row, T, cu_ptr, mask_ptr, stride_mask, indices_ptr, MAX_T: tl.const
     if indices_ptr is not None:
         count = tl.where(tl.load(indices_ptr + row) < 0, 0, count)
     return batch, start, length, count
+
+
+@triton.jit
+def state_slot(row, indices_ptr, has_initial_ptr):
+    """(slot of a row's state, whether it is to be loaded)."""
+    slot = row
+    if indices_ptr is not None:
+        slot = tl.load(indices_ptr + row).to(tl.int64)
+    loads = slot >= 0
+    if has_initial_ptr is not None:
+        loads = loads & (tl.load(has_initial_ptr + row) != 0)
+    return slot, loads
 
 
 @triton.jit
@@ -66,7 +78,7 @@ def gate_column(x, bias, R: tl.constexpr, RP: tl.constexpr, STEP: tl.constexpr, 
 def updated(
     s, mem_k, mem_v, beta, lam, beta_bias, lam_bias, RULE: tl.constexpr, ACTIVATE: tl.constexpr, GATE: tl.constexpr,
     BETA_STEP: tl.constexpr, LAM_STEP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
-): 
+):
     """S after the token whose operands lie at the pointers."""
     i = tl.arange(0, RP)[:, None]
     k = unit_row(mem_k, R, RP, ACTIVATE)
@@ -80,75 +92,80 @@ def updated(
 
 
 @triton.jit
-def replay_row(
-    pool, state, loads, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, reads, batch, start, count, state_heads,
-    stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
-    stride_bb, stride_bt, stride_bh, stride_lb, stride_lt, stride_lh, stride_beta_bias, stride_lam_bias,
-    stride_sp, stride_sh, stride_rb, stride_rt, stride_rh,
-    RULE: tl.constexpr, WRITE: tl.constexpr, ACTIVATE: tl.constexpr, GATE: tl.constexpr,
+def updated_by(
+    s, h, batch, token, memory, strides, RULE: tl.constexpr, ACTIVATE: tl.constexpr, GATE: tl.constexpr,
     BETA_STEP: tl.constexpr, LAM_STEP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
 ):
-    """Stores the reads of a row's count tokens; the state in the pool stays as it is."""
-    i = tl.arange(0, RP)[:, None]
-    for h in range(state_heads):
-        s = load_state(pool + state * stride_sp + h * stride_sh, loads, R, RP)
-        for t in range(count):
-            token = start + t
-            q = unit_row(mem_q + batch * stride_qb + token * stride_qt + h * stride_qh, R, RP, ACTIVATE)
-            read = tl.sum(s * q, 1, keep_dims=True)
-            tl.store(reads + batch * stride_rb + token * stride_rt + h * stride_rh + i, read, mask=i < R)
-            if WRITE:  # noqa: SIM102 (known to the compiler, the inner one is not)
-                if t + 1 < count:  # the state behind the last token is the second launch's
-                    s = updated(
-                        s, mem_k + batch * stride_kb + token * stride_kt + h * stride_kh,
-                        mem_v + batch * stride_vb + token * stride_vt + h * stride_vh,
-                        beta + batch * stride_bb + token * stride_bt + h * stride_bh,
-                        None if lam is None else lam + batch * stride_lb + token * stride_lt + h * stride_lh,
-                        None if beta_bias is None else beta_bias + h * stride_beta_bias,
-                        None if lam_bias is None else lam_bias + h * stride_lam_bias,
-                        RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP,
-                    )
+    """S of state head h after a token; memory: the seven operands, strides: three of each and the biases' own."""
+    _, mem_k, mem_v, beta, lam, beta_bias, lam_bias = memory
+    _, _, _, kb, kt, kh, vb, vt, vh, bb, bt, bh, lb, lt, lh, stride_beta_bias, stride_lam_bias = strides
+    return updated(
+        s, mem_k + batch * kb + token * kt + h * kh, mem_v + batch * vb + token * vt + h * vh,
+        beta + batch * bb + token * bt + h * bh,
+        None if lam is None else lam + batch * lb + token * lt + h * lh,
+        None if beta_bias is None else beta_bias + h * stride_beta_bias,
+        None if lam_bias is None else lam_bias + h * stride_lam_bias,
+        RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP,
+    )
 
 
 @triton.jit
-def store_states(
-    pid, T, mem_k, mem_v, beta, lam, pool, state_indices, target_indices, has_initial, beta_bias, lam_bias,
-    token_mask, cu_seqlens, stride_mk_b, stride_mk_t, stride_mk_h, stride_mv_b, stride_mv_t, stride_mv_h,
-    stride_b_b, stride_b_t, stride_b_h, stride_l_b, stride_l_t, stride_l_h, stride_bb, stride_lb,
-    stride_s_p, stride_s_h, stride_mask, stride_target, state_heads,
+def head_reads(
+    step, count, state, loads, h, batch, start, memory, strides,
+    RULE: tl.constexpr, WRITE: tl.constexpr, ACTIVATE: tl.constexpr, GATE: tl.constexpr,
+    BETA_STEP: tl.constexpr, LAM_STEP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TOKENS: tl.constexpr,
+):
+    """Reads [M, RP] of state head h, whose S lies at state, by the row's tokens step [M] < count <= TOKENS.
+
+    They stay in registers: no program waits for memory that it, or another, has written.
+    """
+    s = load_state(state, loads, R, RP)
+    q_at = memory[0] + batch * strides[0] + start * strides[1] + h * strides[2]
+    found = tl.zeros([step.shape[0], RP], tl.float32)
+    if TOKENS == 1:
+        found += tl.sum(s * unit_row(q_at, R, RP, ACTIVATE), 1)[None, :]
+    else:
+        for t in range(count):
+            read = tl.sum(s * unit_row(q_at + t * strides[1], R, RP, ACTIVATE), 1)
+            found = tl.where((step == t)[:, None], read[None, :], found)
+            if WRITE:
+                if t + 1 < count:  # the state behind the last token is the second launch's
+                    s = updated_by(
+                        s, h, batch, start + t, memory, strides, RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP
+                    )
+    return found
+
+
+@triton.jit
+def advance_state(
+    pid, T, memory, strides, pool, state_indices, target_indices, has_initial, reads, token_mask, cu_seqlens,
+    stride_s_p, stride_s_h, stride_r_b, stride_r_t, stride_r_h, stride_mask, stride_target, state_heads,
     RULE: tl.constexpr, WRITE: tl.constexpr, ACTIVATE: tl.constexpr, GATE: tl.constexpr, EACH: tl.constexpr,
     BETA_STEP: tl.constexpr, LAM_STEP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, MAX_T: tl.constexpr,
 ):
-    """The state of (row, state head) pid behind the row's tokens, EACH: behind every one, into its slot of the pool."""
+    """Stores the reads of (row, state head) pid, and the state behind its tokens (EACH: behind every one) into its
+    slot of the pool, once the program has loaded the old one."""
     row, h = (pid // state_heads).to(tl.int64), pid % state_heads
     batch, start, length, count = row_span(row, T, cu_seqlens, token_mask, stride_mask, state_indices, MAX_T)
-    state = row
-    if state_indices is not None:
-        state = tl.load(state_indices + row).to(tl.int64)
-    loads = state >= 0
-    if has_initial is not None:
-        loads = loads & (tl.load(has_initial + row) != 0)
-    states = pool + h * stride_s_h
-    s = load_state(states + state * stride_s_p, loads, R, RP)
+    slot, loads = state_slot(row, state_indices, has_initial)
+    states, i = pool + h * stride_s_h, tl.arange(0, RP)
+    s = load_state(states + slot * stride_s_p, loads, R, RP)
+    q_at = memory[0] + batch * strides[0] + start * strides[1] + h * strides[2]
+    at = reads + batch * stride_r_b + start * stride_r_t + h * stride_r_h
     for t in range(length):
-        if WRITE:  # noqa: SIM102 (as above)
-            if t < count:
-                token = start + t
-                s = updated(
-                    s, mem_k + batch * stride_mk_b + token * stride_mk_t + h * stride_mk_h,
-                    mem_v + batch * stride_mv_b + token * stride_mv_t + h * stride_mv_h,
-                    beta + batch * stride_b_b + token * stride_b_t + h * stride_b_h,
-                    None if lam is None else lam + batch * stride_l_b + token * stride_l_t + h * stride_l_h,
-                    None if beta_bias is None else beta_bias + h * stride_bb,
-                    None if lam_bias is None else lam_bias + h * stride_lb,
-                    RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP,
+        if t < count:
+            read = tl.sum(s * unit_row(q_at + t * strides[1], R, RP, ACTIVATE), 1)
+            tl.store(at + t * stride_r_t + i, read, mask=i < R)
+            if WRITE:
+                s = updated_by(
+                    s, h, batch, start + t, memory, strides, RULE, ACTIVATE, GATE, BETA_STEP, LAM_STEP, R, RP
                 )
         if EACH:
-            slot = tl.load(target_indices + batch * stride_target + start + t).to(tl.int64)
-            store_state(states + slot * stride_s_p, s, (state >= 0) & (slot >= 0), R, RP)
+            target = tl.load(target_indices + batch * stride_target + start + t).to(tl.int64)
+            store_state(states + target * stride_s_p, s, (slot >= 0) & (target >= 0), R, RP)
     if not EACH:
-        slot = state
+        target = slot
         if target_indices is not None:
-            slot = tl.load(target_indices + row).to(tl.int64)
-        store_state(states + slot * stride_s_p, s, (state >= 0) & (slot >= 0), R, RP)
+            target = tl.load(target_indices + row).to(tl.int64)
+        store_state(states + target * stride_s_p, s, (slot >= 0) & (target >= 0), R, RP)
 # fmt: on

@@ -21,6 +21,7 @@ from .attention import (
     count_unmasked,
     find_tile,
     load_rows,
+    owned,
     past_full,
     product,
     tanh,
@@ -157,7 +158,7 @@ def attention_fwd_kernel(
     row, batch = row.to(tl.int64), tl.cast(batch, tl.int64)
     step = at + tl.arange(0, BM)
     tokens = start + step
-    count = tl.where(row < N, length, 0)
+    count = owned(row, length, cu_seqlens, N)
     low, end = 0, length
     if cache_seqlens is not None:
         if token_mask is not None:
@@ -236,6 +237,7 @@ def attention_fwd_kernel(
     sees = live & (total != 0)
     total = tl.where(sees, total, 1.0)
     result = tl.where(sees[:, None], acc / total[:, None], 0.0).to(out.dtype.element_ty)
+    split = split.to(tl.int64)
     out_rows = out + split * stride_out_s + batch * stride_out_b + head * stride_out_h
     out_rows += tokens[:, None].to(tl.int64) * stride_out_t
     inside = step < length
@@ -296,6 +298,11 @@ def delta_attention_fwd(
     return out, lse
 
 
+def small_pages(k_cache, block_table) -> bool:
+    """Whether a block of keys can span pages."""
+    return block_table is not None and k_cache.shape[1] % 128 != 0
+
+
 def delta_attention_with_kvcache(
     q, k_cache, v_cache, reads, delta_q, q_norm_weight, norm_eps, rotary_cos, rotary_sin, rotary_interleaved,
     positions, token_mask, cu_seqlens, max_seqlen, cache_seqlens, cache_leftpad, block_table, state_indices,
@@ -305,7 +312,7 @@ def delta_attention_with_kvcache(
     if not out.numel():
         return
     B, T, HQ, D = q.shape
-    tile = tile or forward_tile(D, q.dtype, capability(q.device))
+    tile = tile or forward_tile(D, q.dtype, capability(q.device), small_pages(k_cache, block_table))
     slots = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     programs = HQ * tile_count(B, T, cu_seqlens, tile.BM)
     splits = num_splits or automatic_splits(programs, slots, multiprocessors(q.device))
@@ -369,6 +376,7 @@ def _lowered(name, D, dtype, device, packed=False, masked=False, left=-1, softca
     if page:
         pages = meta(1, T // page, dtype=torch.int32)
         k, v = (meta(T // page, page, HKV, D) for _ in range(2))
-    cached = functools.partial(delta_attention_with_kvcache, tile=forward_tile(D, dtype, device))
+    tile = forward_tile(D, dtype, device, small_pages(k, pages))
+    cached = functools.partial(delta_attention_with_kvcache, tile=tile)
     cache = (lengths, None, pages, None, True)
     yield from launches(name, cached, q, k, v, *prologue, *rows, *cache, *softmax, 2, q, lse)

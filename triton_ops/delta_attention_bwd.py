@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .attention import LOG2E, find_tile, in_window, load_rows, past_full, product, tanh, tile_count, window
+from .attention import LOG2E, find_tile, in_window, load_rows, owned, past_full, product, tanh, tile_count, window
 from .attention_tiles import backward_tiles, capability
 
 
@@ -35,7 +35,7 @@ def rowsum_kernel(
     step = at + tl.arange(0, BM)
     tokens = start + step
     inside = step < length
-    live = inside & (row < N)
+    live = step < owned(row, length, cu_seqlens, N)
     if token_mask is not None:
         live = tl.load(token_mask + batch * stride_mask + tokens, mask=live, other=0).to(tl.int1)
     column = tl.arange(0, C)
@@ -119,7 +119,8 @@ def attention_bwd_dkdv_kernel(
     batch, start = tl.cast(batch, tl.int64), tl.cast(start, tl.int64)
     keys = at + tl.arange(0, BN)
     inside = keys < length
-    key_live = inside & (row < N)
+    count = owned(row, length, cu_seqlens, N)
+    key_live = keys < count
     shown = token_mask
     if token_mask is not None:
         shown = token_mask + batch * stride_mask + start
@@ -133,7 +134,7 @@ def attention_bwd_dkdv_kernel(
 
     # query tiles of begin .. stop see one of the keys; those of full_begin .. full_stop all of them
     begin = tl.maximum(at - right, 0) // BM * BM
-    stop = tl.where(row < N, tl.minimum(length, at + BN + left), 0)
+    stop = tl.minimum(count, at + BN + left)
     stop = begin + tl.cdiv(tl.maximum(stop - begin, 0), BM) * BM
     full_begin = tl.minimum(tl.cdiv(tl.maximum(at + BN - 1 - right, 0), BM) * BM, stop)
     full_stop = tl.minimum(length, at + left + 1) // BM * BM
@@ -185,7 +186,8 @@ def add_keys(
         v_block = load_rows(v, keys, stride_v_t, None, 0, columns, inside, MASKED, EVEN)
         scores = product(q, tl.trans(k_block))
         dp = product(dout, tl.trans(v_block))
-        sees = in_window(keys[None, :] - rows[:, None], left, right)
+        # a hidden key's score is 0, which may lie far above the log-sum-exp of those that are seen
+        sees = in_window(keys[None, :] - rows[:, None], left, right) & inside[None, :]
         _, ds = tile_gradients(scores, dp, log_sum[:, None], delta[:, None], sees, scale, softcap, CAPPED, MASKED)
         dq = product(ds.to(k_block.dtype), k_block, dq)
     return dq
@@ -210,7 +212,8 @@ def attention_bwd_dq_kernel(
     batch, start = tl.cast(batch, tl.int64), tl.cast(start, tl.int64)
     rows = at + tl.arange(0, BM)
     inside = rows < length
-    live = inside & (row < N)
+    count = owned(row, length, cu_seqlens, N)
+    live = rows < count
     shown = token_mask
     if token_mask is not None:
         shown = token_mask + batch * stride_mask + start
@@ -229,7 +232,7 @@ def attention_bwd_dq_kernel(
 
     last = tl.minimum(at + BM, length) - 1
     begin = tl.maximum(at - left, 0) // BN * BN
-    stop = tl.where(row < N, tl.minimum(length, last + right + 1), 0)
+    stop = tl.minimum(count, last + right + 1)
     stop = begin + tl.cdiv(tl.maximum(stop - begin, 0), BN) * BN
     full_begin = tl.minimum(tl.cdiv(tl.maximum(last - left, 0), BN) * BN, stop)
     full_stop = tl.minimum(length, at + right + 1) // BN * BN

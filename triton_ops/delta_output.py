@@ -140,7 +140,7 @@ def output_dweight_kernel(
     at = (chunk * hidden + c)[None, :] * J + j[:, None]
     tl.store(dw_ptr + at, tl.sum(dw, 1), mask=(c < hidden)[None, :] & (j < J)[:, None])
     if rms_ptr is not None:
-        tl.store(drms_ptr + chunk * hidden + c, tl.sum(drms, 0), mask=(c < hidden) & (j0 == 0))
+        tl.store(drms_ptr + chunk * hidden + c, tl.sum(drms, 0), mask=c < tl.where(j0 == 0, hidden, 0))
 
 
 def delta_output_fwd(attn_proj, reads, delta_o, rms_weight, rms_eps, residual):

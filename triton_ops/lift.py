@@ -48,25 +48,6 @@ def lift(
     return u
 
 
-@triton.jit
-def lift_rows(
-    read_rows, live, stride_h, delta, channels, exists, stride_delta, J: tl.constexpr, R: tl.constexpr, JC: tl.constexpr
-):  # fmt: skip
-    """delta reads [M, P] where every row has channels [M, P] of its own, those that exist [M, P].
-
-    read_rows [M, 1] point at a row's first read, live [M, 1]. A thread loads a channel's JC weights at once and adds
-    them itself; rows that do not live load nothing.
-    """
-    u = tl.zeros([channels.shape[0], channels.shape[1]], tl.float32)
-    for j0 in range(0, J, JC):
-        j = j0 + tl.arange(0, JC)
-        r = tl.load(read_rows + ((j // R) * stride_h + j % R)[None, :], mask=live & (j < J)[None, :], other=0.0)
-        at = (channels.to(tl.int64) * stride_delta)[:, :, None] + j[None, None, :]
-        w = tl.load(delta + at, mask=exists[:, :, None] & (j < J)[None, None, :], other=0.0)
-        u += tl.sum(w.to(tl.float32) * r[:, None, :], 2)
-    return u
-
-
 @triton.jit(do_not_specialize=["n_parts"])
 def add_parts_kernel(parts_ptr, total_ptr, size, n_parts, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
     """total[i] = sum over parts of parts[p, i], first to last: equal bits in every run."""
@@ -75,8 +56,9 @@ def add_parts_kernel(parts_ptr, total_ptr, size, n_parts, UNROLL: tl.constexpr, 
     at = parts_ptr + i
     for p in range(0, n_parts, UNROLL):
         for u in tl.static_range(UNROLL):  # loads that do not wait for each other
-            total += tl.load(at + u * size.to(tl.int64), mask=(i < size) & (p + u < n_parts), other=0.0)
-        at += size.to(tl.int64) * UNROLL
+            stop = tl.where(p + u < n_parts, size, 0)
+            total += tl.load(at + u * tl.cast(size, tl.int64), mask=i < stop, other=0.0)
+        at += tl.cast(size, tl.int64) * UNROLL
     tl.store(total_ptr + i, total.to(total_ptr.dtype.element_ty), mask=i < size)
 
 
