@@ -122,14 +122,14 @@ def test_segments(case, segmented):
     assert segmented == [*levels, "replay_kernel", *levels, "reverse_kernel", *after]
 
 
-@pytest.mark.parametrize("R, vectors", ((8, 3), (16, 6)))
-def test_larger_maps(R, vectors, segmented, monkeypatch):
-    """On two levels: the third is as for smaller ones. A map of rank 16 is too large to be fetched ahead."""
+@pytest.mark.parametrize("R, T, vectors, composed", ((8, 3, 3, 2), (16, 2, 6, 0)))
+def test_larger_maps(R, T, vectors, composed, segmented, monkeypatch):
+    """On fewer levels: the others are as for smaller ones. A map of rank 16 is too large to be fetched ahead."""
     from deltamem_kernels.triton_ops import scan_plan
 
     monkeypatch.setitem(scan_plan.MAP_VECTORS, R, (vectors, vectors))
-    check_scan("triton", scan_args(B=1, H=1, R=R, T=3, segment_len=1, dtypes=(BF16,)))
-    assert segmented.count("compose_maps_kernel") == 2
+    check_scan("triton", scan_args(B=1, H=1, R=R, T=T, segment_len=1, dtypes=(BF16,)))
+    assert segmented.count("segment_maps_kernel") == 2 and segmented.count("compose_maps_kernel") == composed
 
 
 def test_several_vectors_a_lane_and_joined_segments(segmented, monkeypatch):
