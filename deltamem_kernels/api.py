@@ -222,12 +222,11 @@ def fused_delta_attention(
             )
         )  # fmt: skip
     kernels = plans.kernels(key is not None, plan.backend)
-    reads = final_state = None
-    if memory is not None:
-        reads, final_state, _ = fused.scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, False)
     fix = Corrections(*weights, norm_eps, *tables, rotary_interleaved, positions)
     rows = Rows(token_mask, cu_seqlens, max_seqlen)
-    out, lse, _, _ = fused.attention_forward(kernels, q, k, v, reads, fix, rows, softmax)
+    out, lse, reads, final_state, *_ = fused.attention_forward(
+        kernels, q, k, v, memory, scan, initial_state, fix, rows, softmax, False
+    )
     return FusedDeltaAttentionOutput(out, reads, final_state, lse)
 
 

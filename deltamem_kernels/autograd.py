@@ -23,7 +23,6 @@ def _dense(*cotangents):
 class DeltaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, direct, backend, scan, token_mask, cu_seqlens, initial_state, *memory):
-        memory = fused.Memory(*memory)
         ctx.set_materialize_grads(False)
         reads, final_state, tape = fused.scan_forward(
             kernels(direct, backend), memory, scan, initial_state, token_mask, cu_seqlens, True
@@ -76,13 +75,11 @@ class FusedDeltaAttention(torch.autograd.Function):
             delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, norm_eps, rotary_cos, rotary_sin,
             rotary_interleaved, positions,
         )  # fmt: skip
-        reads = final_state = tape = None
-        if memory[0] is not None:
-            reads, final_state, tape = fused.scan_forward(
-                kernels(direct, backend), fused.Memory(*memory), scan, initial_state, token_mask, cu_seqlens, True
-            )
         rows = fused.Rows(token_mask, cu_seqlens, max_seqlen)
-        out, lse, k_prep, v_prep = fused.attention_forward(kernels(direct, backend), q, k, v, reads, fix, rows, softmax)
+        out, lse, reads, final_state, tape, k_prep, v_prep = fused.attention_forward(
+            kernels(direct, backend), q, k, v, None if memory[0] is None else fused.Memory(*memory), scan,
+            initial_state, fix, rows, softmax, True,
+        )  # fmt: skip
         ctx.direct, ctx.backend, ctx.scan = direct, backend, scan
         ctx.softmax, ctx.max_seqlen = softmax, max_seqlen
         ctx.norm_eps, ctx.rotary_interleaved = norm_eps, rotary_interleaved

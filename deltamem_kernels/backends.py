@@ -8,7 +8,7 @@ import os
 import torch
 
 from deltamem_kernels import fused
-from deltamem_kernels.ops import ROOMS, SCHEMAS
+from deltamem_kernels.ops import LAUNCHERS, ROOMS, SCHEMAS
 
 # What `auto` tries, in order, per device type. A named backend is only ever itself.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -63,7 +63,9 @@ MISSING = {backend: _missing(backend) for backend in ROOMS}
 
 # backend -> the ops that it has kernels for
 COVERED = {
-    backend: {op for op in SCHEMAS if backend != "cuda" and _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")}
+    backend: {
+        op for op in LAUNCHERS[backend] if backend != "cuda" and _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")
+    }
     for backend in ROOMS
 }
 
@@ -130,7 +132,7 @@ def explain(function, *args, **kwargs) -> None:
     R = max((given[key].shape[-1] for key in ("mem_q", "reads") if given.get(key) is not None), default=1)
     chosen = choose(name, given["backend"], x, R)
     print(f"{name} on {x.device.type}, {str(x.dtype).removeprefix('torch.')}, R = {R}:")
-    for op in fused.chain(name, given):
+    for op in fused.chain(name, given, COVERED[chosen]):
         print(f"  deltamem::{op}.{chosen}")
     for other in ROOMS:
         if other != chosen:

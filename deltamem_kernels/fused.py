@@ -1,6 +1,6 @@
 """The chain scan -> prep -> attention and its reverse, once for all backends.
 
-reads, state = delta_scan(...)
+reads, state = delta_scan(...)                       joined with the next where a backend has that op
 k', v'       = delta_prep(k, v, reads)               RoPE(RMSNorm(k + delta_k reads)), v + delta_v reads
 out, lse     = delta_attention(q, k', v', reads)     prepares its queries itself, tile by tile
 """
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+SCAN_PREP = "delta_scan_prep_fwd"  # scan and prep joined, run where a backend has it
 MAX_DECODE_TOKENS = 16  # new tokens per row that one delta_decode call takes
 
 
@@ -134,21 +135,46 @@ def _prepared(fix: Corrections) -> tuple[bool, bool, bool]:
     )
 
 
+def _changed(fix: Corrections, *raw):
+    """q, k, v where they are given and will differ from their raw projections, else None."""
+    return [x if changes else None for x, changes in zip(raw, _prepared(fix), strict=True)]
+
+
+def _kept(raw, done, changed):
+    """Prepared tensors, and raw ones where nothing changed."""
+    return tuple(x if todo is None else y for x, y, todo in zip(raw, done, changed, strict=True))
+
+
 def prepare(kernels, q, k, v, reads, fix: Corrections, cu_seqlens):
     """Prepared q, k, v; an argument that is None, or that nothing changes, comes back as it is."""
-    changes = _prepared(fix)
-    todo = [x if x is not None and changed else None for x, changed in zip((q, k, v), changes, strict=True)]
+    todo = _changed(fix, q, k, v)
     if all(x is None for x in todo):
         return q, k, v
-    done = kernels["delta_prep_fwd"](*todo, reads, *fix, cu_seqlens)
-    return tuple(x if raw is None else prepared for x, raw, prepared in zip((q, k, v), todo, done, strict=True))
+    return _kept((q, k, v), kernels["delta_prep_fwd"](*todo, reads, *fix, cu_seqlens), todo)
 
 
-def attention_forward(kernels, q, k, v, reads, fix: Corrections, rows: Rows, softmax: Softmax):
-    """-> out, lse, k', v'"""
-    _, k, v = prepare(kernels, None, k, v, reads, fix, rows.cu_seqlens)
+def scan_and_prepare(kernels, k, v, memory, scan, initial_state, fix: Corrections, rows: Rows, save_tape):
+    """-> reads, final_state, tape (None without memory), k', v'"""
+    token_mask, cu_seqlens, _ = rows
+    if memory is None:
+        return None, None, None, *prepare(kernels, None, k, v, None, fix, cu_seqlens)[1:]
+    _, *todo = _changed(fix, None, k, v)
+    if SCAN_PREP not in kernels or all(x is None for x in todo):
+        results = scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, save_tape)
+        return *results, *prepare(kernels, None, k, v, results[0], fix, cu_seqlens)[1:]
+    mem_q, mem_k, mem_v, beta, lam, *biases = memory
+    *results, k_prep, v_prep = kernels[SCAN_PREP](
+        mem_q, mem_k, mem_v, beta, lam, initial_state, token_mask, cu_seqlens, *biases, *scan, 0, save_tape,
+        *todo, fix.delta_k, fix.delta_v, fix.k_norm_weight, *fix[5:],
+    )  # fmt: skip
+    return *results, *_kept((k, v), (k_prep, v_prep), todo)
+
+
+def attention_forward(kernels, q, k, v, memory, scan, initial_state, fix: Corrections, rows: Rows, softmax, save_tape):
+    """-> out, lse, reads, final_state, tape, k', v'"""
+    reads, *states, k, v = scan_and_prepare(kernels, k, v, memory, scan, initial_state, fix, rows, save_tape)
     out, lse = kernels["delta_attention_fwd"](q, k, v, *_query_prologue(reads, fix), *rows, *softmax)
-    return out, lse, k, v
+    return out, lse, reads, *states, k, v
 
 
 def _query_prologue(reads, fix: Corrections):
@@ -176,7 +202,7 @@ def attention_backward(kernels, dout, q, k, v, k_prep, v_prep, reads, fix, rows,
         return (*grads, *[None] * 8)
     rotary_grad = fix.rotary_cos is not None and (fix.rotary_cos.requires_grad or fix.rotary_sin.requires_grad)
     cotangents = [g if changed else None for g, changed in zip(grads, changes, strict=True)]
-    raw = [x if changed else None for x, changed in zip((q, k, v), changes, strict=True)]
+    raw = _changed(fix, q, k, v)
     dq, dk, dv, *others = kernels["delta_prep_bwd"](*cotangents, *raw, reads, *fix, rows.cu_seqlens, rotary_grad)
     projected = [prep if c else g for g, prep, c in zip(grads, (dq, dk, dv), changes, strict=True)]
     given = (reads, fix.delta_q, fix.delta_k, fix.delta_v, fix.q_norm_weight, fix.k_norm_weight)
@@ -269,8 +295,9 @@ def attention_with_kvcache(
     )  # fmt: skip
 
 
-def chain(function: str, given: dict) -> list[str]:
-    """The ops that a call of a public function with these arguments runs forward, in order."""
+def chain(function: str, given: dict, covered: set[str]) -> list[str]:
+    """The ops that a call of a public function with these arguments runs forward, in order, on a backend that has
+    those in covered."""
     has_memory = given.get("mem_q") is not None
     if function == "delta_scan":
         return ["delta_scan_fwd"]
@@ -281,7 +308,8 @@ def chain(function: str, given: dict) -> list[str]:
     scan = [] if not has_memory else ["delta_scan_fwd"]
     if function == "fused_delta_attention":
         _, k_changes, v_changes = _prepared(Corrections(*(given[name] for name in Corrections._fields)))
-        return [*scan, *(["delta_prep_fwd"] if k_changes or v_changes else []), "delta_attention_fwd"]
+        prep = ["delta_prep_fwd"] if k_changes or v_changes else []
+        return [*([SCAN_PREP] if scan and prep and SCAN_PREP in covered else scan + prep), "delta_attention_fwd"]
     if decodes(given["q"], Rows(given["token_mask"], given["cu_seqlens"], given["max_seqlen"] or 0)):
         return ["delta_decode"]
     scan = ["delta_scan_with_state_pool"] if has_memory else []

@@ -59,6 +59,14 @@ SCHEMAS = {
         f"Tensor? q, Tensor? k, Tensor? v, {_DELTAS}, {_NORMS}, {_ROTARY}, Tensor? cu_seqlens",
         "(Tensor q_prep, Tensor k_prep, Tensor v_prep)",
     ),
+    # delta_scan_fwd, then delta_prep_fwd of k and v with its reads: the scan's last pass is the prologue of the other.
+    "delta_scan_prep_fwd": (
+        "delta_prep",
+        f"{_SCAN_INPUTS}, Tensor? initial_state, Tensor? token_mask, Tensor? cu_seqlens, {_GATE_BIASES}, "
+        f"{_SCAN_FLAGS}, int segment_len, bool save_tape, Tensor? k, Tensor? v, Tensor? delta_k, Tensor? delta_v, "
+        f"Tensor? k_norm_weight, float norm_eps, {_ROTARY}",
+        "(Tensor reads, Tensor final_state, Tensor tape, Tensor k_prep, Tensor v_prep)",
+    ),
     # drotary_cos, drotary_sin: fp32 per token [B, T, rotary_dim/2], [0] unless rotary_grad.
     "delta_prep_bwd": (
         "delta_prep",
@@ -119,6 +127,9 @@ SCHEMAS = {
     ),
 }
 
+# Ops that join others of a chain -> the backends that have them; elsewhere the chain runs those others.
+JOINED = {"delta_scan_prep_fwd": ("reference", "triton")}
+
 # Tokens between two saved start states of a backward tape. The state is R x R, so 64 tokens make the tape 1/64
 # of the full history while a segment's recomputed states (64 R R floats) still fit the first-level cache.
 SEGMENT_LEN = 64
@@ -167,6 +178,12 @@ def _fake_prep_fwd(q, k, v, *rest):
     return tuple(_like(x, given) for x in (q, k, v))
 
 
+def _fake_scan_prep_fwd(*args):
+    k, v = args[16:18]
+    given = v if k is None else k
+    return *_fake_scan_fwd(*args[:16]), _like(k, given), _like(v, given)
+
+
 def _fake_prep_bwd(dq, dk, dv, q, k, v, reads, delta_q, delta_k, delta_v, q_norm, k_norm, eps, cos, *rest):
     rotary_grad = rest[-1]
     given = next(x for x in (q, k, v) if x is not None)
@@ -200,6 +217,7 @@ _FAKES = {
     "delta_scan_fwd": _fake_scan_fwd,
     "delta_scan_bwd": _fake_scan_bwd,
     "delta_prep_fwd": _fake_prep_fwd,
+    "delta_scan_prep_fwd": _fake_scan_prep_fwd,
     "delta_prep_bwd": _fake_prep_bwd,
     "delta_attention_fwd": _fake_attention_fwd,
     "delta_attention_bwd": _fake_attention_bwd,
@@ -232,14 +250,17 @@ def _lazy(op: str, backend: str) -> Callable:
 _LIBRARY = torch.library.Library("deltamem", "DEF")
 
 # backend -> op -> the launcher, and the op overload ``deltamem::<op>.<backend>`` that dispatches to it
-LAUNCHERS = {backend: {op: _lazy(op, backend) for op in SCHEMAS} for backend in ROOMS}
+LAUNCHERS = {
+    backend: {op: _lazy(op, backend) for op in SCHEMAS if backend in JOINED.get(op, ROOMS)} for backend in ROOMS
+}
 OVERLOADS: dict[str, dict[str, Callable]] = {backend: {} for backend in ROOMS}
 
-for _op, (_, _arguments, _results) in SCHEMAS.items():
-    for _backend in ROOMS:
+for _backend, _launchers in LAUNCHERS.items():
+    for _op, _launcher in _launchers.items():
+        _, _arguments, _results = SCHEMAS[_op]
         _name = f"{_op}.{_backend}"
         _LIBRARY.define(f"{_name}({_arguments}) -> {_results}", tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(_name, LAUNCHERS[_backend][_op], "CompositeExplicitAutograd")
+        _LIBRARY.impl(_name, _launcher, "CompositeExplicitAutograd")
         torch.library.register_fake(f"deltamem::{_name}", _FAKES.get(_op, _fake_in_place), lib=_LIBRARY)
         OVERLOADS[_backend][_op] = getattr(getattr(torch.ops.deltamem, _op), _backend)
 

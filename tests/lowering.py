@@ -36,9 +36,11 @@ SHARED_LIMIT = {target: kib * 1024 for target, kib in SHARED_LIMIT.items()}
 EXACT = ("delta_scan", "delta_prep", "delta_output")
 PRODUCTS = ("delta_attention", "delta_decode")
 STREAMING = ("delta_prep", "delta_output")
-HALF, MAIN = re.compile(r" (bf16|fp16) "), re.compile(r"^(attention|decode|prep|output)_\w*kernel .*")
+HALF, MAIN = re.compile(r" (bf16|fp16) "), re.compile(r"^(attention|decode|prep|replay_prep|output)_\w*kernel .*")
 # part of a name -> targets on which it may: addresses, which wait outside the loops over tiles
 MAY_SPILL: dict[str, tuple[str, ...]] = {
+    "attention_fwd_kernel bf16 D=128 packed": ("sm_80",),
+    "attention_fwd_kernel fp32 D=256": ("sm_80",),
     "attention_bwd_dkdv_kernel bf16": ("sm_90",),
     "attention_bwd_dkdv_kernel fp32 D=256": ("sm_80", "sm_86", "sm_89"),
     "attention_bwd_dq_kernel bf16 D=128 packed": ("sm_100",),

@@ -1,9 +1,13 @@
 """delta_prep on Triton: the cases of test_delta_prep.py at sizes that the interpreter finishes."""
 
+import calls
 import pytest
 import torch
 from kernel_checks import as_fp64, assert_within_budget, call, check_against_reference, map_tensors, same_bits
-from test_delta_prep import BF16, FP16, FP32, NAN, NO_MEMORY, NO_NORM, NO_ROTARY, bwd_args, cache_args, prep_args
+from scan_inputs import assert_close_as_eager, scan_args
+from test_delta_prep import BF16, FP16, FP32, NAN, NO_MEMORY, NO_NORM, NO_ROTARY, bwd_args, cache_args, ints, prep_args
+
+from deltamem_kernels import explain, ops
 
 TINY = {"HQ": 2, "HKV": 1, "D": 16, "R": 4, "T": 5}
 CASES = {
@@ -21,7 +25,7 @@ CASES = {
     "k_corrected_no_norm": {"absent": ("delta_q", "delta_v", *NO_NORM)},
     "plain": {"absent": (*NO_MEMORY, *NO_NORM, *NO_ROTARY)},
     "no_tokens": {"T": 0},
-    "prefill_tile": {"B": 1, "T": 67, "HQ": 1, "D": 4},
+    "prefill_tile": {"B": 1, "T": 67, "HQ": 1, "D": 4, "positions": True},
 }
 
 
@@ -36,7 +40,7 @@ def test_chunks_of_tokens_add_up_in_order(monkeypatch):
     from deltamem_kernels.triton_ops import delta_prep_bwd
 
     monkeypatch.setattr(delta_prep_bwd, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(delta_prep_bwd, "BWD_ELEMENTS", 16)
+    monkeypatch.setattr(delta_prep_bwd, "NARROW_TILE", (16, 1))
     args = bwd_args(prep_args(**{**TINY, "B": 1, "T": 27, "D": 8}))
     first = check_against_reference("delta_prep_bwd", "triton", args)
     assert all(map(same_bits, first, call("delta_prep_bwd", "triton", args)))
@@ -103,3 +107,196 @@ def test_append(case):
         written = ~want.isnan()
         assert_within_budget(got[written], same[written], want[written])
         assert same_bits(got[~written], before[~written])
+
+
+# ---- with the scan's last pass as prologue -----------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Segments as soon as there are two, groups of two of them and of two groups, in few wide programs: the
+    interpreter's time goes by programs. Gives the names of the kernels launched."""
+    from deltamem_kernels.triton_ops import delta_prep, delta_scan, scan_build, scan_plan, scan_prep
+
+    for name, value in {
+        "WARP": 128,
+        "GROUP": 2,
+        "SUPERGROUP": 2,
+        "SEQUENTIAL_SEGMENTS": 1,
+        "FULL_LANES": 1 << 30,
+    }.items():
+        monkeypatch.setattr(scan_plan, name, value)
+    monkeypatch.setattr(scan_prep, "FULL_WARPS", 1)
+    names = []
+
+    class Recorded:
+        def __init__(self, kernel, name):
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid):
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for module in (delta_prep, delta_scan, scan_build, scan_prep):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            if (module, name) != (scan_prep, "replay_kernel"):  # which is part of others there
+                monkeypatch.setattr(module, name, Recorded(getattr(module, name), name))
+    return names
+
+
+def joined_args(scan=None, **prep):
+    """Arguments of delta_scan_prep_fwd. By default 5 segments, 3 groups, 2 supergroups."""
+    scan = scan_args(**{"B": 1, "H": 1, "R": 4, "T": 14, "segment_len": 3, **(scan or {})})
+    B, T, H, R = scan["mem_q"].shape
+    prep = prep_args(**{"HQ": 2, "HKV": 2, "D": 16, **prep, "B": B, "T": T, "H": H, "R": R})
+    names = ("k", "v", "delta_k", "delta_v", "k_norm_weight", "norm_eps", *NO_ROTARY, "rotary_interleaved", "positions")
+    return scan | {name: prep[name] for name in names}
+
+
+def check_joined(args):
+    """Against the reference: the scan's results by its measure, k', v' by theirs. Rows of the tape that belong to no
+    segment of a packed batch hold nothing."""
+    got, plain = (call("delta_scan_prep_fwd", backend, args) for backend in ("triton", "reference"))
+    want = call("delta_scan_prep_fwd", "reference", as_fp64(args))
+    used = (0, 1) if args["cu_seqlens"] is not None else (0, 1, 2)
+    for i in used:
+        assert_close_as_eager(got[i], plain[i], want[i], f"result {i}")
+    for i in (3, 4):
+        assert_within_budget(got[i], plain[i], want[i], f"result {i}")
+    return got
+
+
+MAPS = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
+JOINED = {
+    "rank_4": {},
+    "rank_8": {"scan": {"R": 8, "T": 9, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1},
+    "rank_5": {"scan": {"R": 5, "mask": 0.3, "raw": True, "free": True, "T": 9, "segment_len": 2}, "interleaved": True},
+    "rank_16": {"scan": {"R": 16, "T": 5, "segment_len": 1, "gate": 1}, "HKV": 1, "tables": 3},
+    "states": {"scan": {"B": 2, "H": 2, "T": 13}, "absent": ("delta_v",), "positions": True},
+    "packed": {"scan": {"packed": (0, 2, 2, 12, 16), "T": 18, "mask": 0.2}},
+    "packed_beside": {"scan": {"packed": (0, 12)}, "absent": ("v", "delta_k", "delta_v")},
+    "values": {"absent": ("k", "delta_k", "k_norm_weight", *NO_ROTARY)},
+}
+
+
+@pytest.mark.parametrize("case", JOINED)
+def test_joined_with_the_scan(case, launched):
+    args = joined_args(**JOINED[case])
+    results = check_joined(args)
+    waits = args["v"] is not None or args["delta_k"] is not None
+    assert launched == [*MAPS, "replay_prep_kernel" if waits else "replay_beside_prep_kernel"]
+    if args["cu_seqlens"] is not None:
+        assert all((x[:, args["cu_seqlens"][-1] :] == 0).all() for x in results[3:] if x.numel())
+
+
+def test_joined_equals_scan_then_prep(launched):
+    """To the bit; and where a sequence is one segment that is what runs."""
+    args = joined_args()
+    scan = {name: x for name, x in args.items() if name in scan_args()}
+    reads, final_state, tape = call("delta_scan_fwd", "triton", scan)
+    prep = {**dict.fromkeys(("q", "k", "v", "reads", "delta_q", "delta_k", "delta_v", "q_norm_weight")), **args}
+    prep = {name: prep[name] for name in prep_args()} | {"reads": reads}
+    _, k, v = call("delta_prep_fwd", "triton", prep)
+    joined = call("delta_scan_prep_fwd", "triton", args)
+    assert all(map(same_bits, joined, (reads, final_state, tape, k, v)))
+    launched.clear()
+    check_joined(joined_args({"T": 3, "segment_len": 4}))
+    assert launched == ["replay_kernel", "prep_kernel"]
+
+
+@pytest.mark.parametrize("corrected", (True, False))
+def test_joined_reads_one_state(corrected, launched):
+    args = joined_args({"T": 9, "segment_len": 2}, absent=() if corrected else ("v", "delta_k", "delta_v"))
+    args |= {"write": False, "save_tape": False} | dict.fromkeys(("mem_k", "mem_v", "beta", "lam"))
+    check_joined(args)
+    assert launched == ["replay_prep_kernel" if corrected else "replay_beside_prep_kernel"]
+
+
+@pytest.mark.parametrize("scan", ({"T": 1}, {"T": 70, "R": 2, "packed": (0, 4, 66)}), ids=("one_token", "two_tiles"))
+def test_joined_beside_whole_sequences(scan):
+    check_joined(joined_args(scan | {"segment_len": 0}, D=4, HKV=1, positions=True, absent=("v", "delta_k", "delta_v")))
+
+
+def test_joined_tells_compilers_the_truth():
+    args = joined_args({"T": 4, "segment_len": 2})
+    torch.library.opcheck(ops.handle("delta_scan_prep_fwd", "triton"), tuple(args.values()))
+
+
+def test_chain_joins(launched, monkeypatch, capsys):
+    """fused_delta_attention and its gradients in segments of two tokens, against the reference; explain names the op
+    that ran."""
+    from deltamem_kernels.triton_ops import delta_prep, delta_scan, delta_scan_bwd, scan_plan
+
+    for module in (ops, delta_prep, delta_scan, delta_scan_bwd, scan_plan):
+        if hasattr(module, "SEGMENT_LEN"):
+            monkeypatch.setattr(module, "SEGMENT_LEN", 2)
+    function, arguments = calls.fused_delta_attention()
+    results = {}
+    for backend in ("triton", "reference"):
+        given = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+        leaves = [x.requires_grad_() for x in given.values() if isinstance(x, torch.Tensor)]
+        out, reads, final_state, _ = function(**given, backend=backend)
+        (out.square().sum() + reads.square().sum() + final_state.sum()).backward()
+        results[backend] = (out, reads, final_state, *(x.grad for x in leaves))
+    for got, want in zip(*results.values(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert launched[:3] == [*MAPS[:2], "replay_prep_kernel"] and "replay_kernel" not in launched
+    explain(function, **arguments, backend="triton")
+    told = [line.split("::")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  deltamem::")]
+    assert told == ["delta_scan_prep_fwd.triton", "delta_attention_fwd.triton"]
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------------------
+
+LONG = {"B": 1, "T": 8192, "HQ": 32, "HKV": 8, "D": 128, "tables": 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
+def test_long_rows(dtype):
+    args = prep_args(**LONG, dtype=dtype)
+    for op, given in (("delta_prep_fwd", args), ("delta_prep_bwd", bwd_args(args))):
+        first = check_against_reference(op, "triton", given)
+        assert all(map(same_bits, first, call(op, "triton", given)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
+@pytest.mark.parametrize("R", (8, 16, 5))
+@pytest.mark.parametrize("packed", (None, (0, 3000, 3001, 8000)), ids=("dense", "packed"))
+@pytest.mark.parametrize("corrected", (True, False))
+def test_long_joined(dtype, R, packed, corrected):
+    absent = () if corrected else ("v", "delta_k", "delta_v")
+    scan = {"T": 8192, "R": R, "packed": packed, "dtypes": (dtype,), "segment_len": 0}
+    args = joined_args(scan, **LONG, dtype=dtype, absent=absent)
+    first = check_joined(args)
+    again = call("delta_scan_prep_fwd", "triton", args)
+    used = (0, 1, 3, 4) if packed else range(5)  # a packed tape has rows that nothing fills
+    assert all(same_bits(first[i], again[i]) for i in used)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (BF16, FP16, FP32))
+def test_long_append(dtype):
+    """Long prompts into pages, twice."""
+    ends = (0, 3000, 3001, 8000)
+    args = prep_args(T=8192, HQ=1, HKV=8, D=128, dtype=dtype, packed=ends, tables=3)
+    prep = {name: args[name] for name in ("reads", "delta_k", "delta_v", "k_norm_weight", "norm_eps", *NO_ROTARY)}
+    pages = torch.randperm(3 * 512, dtype=torch.int32).view(3, 512)
+    caches = []
+    for _ in range(2):
+        k_cache, v_cache = (torch.full((3 * 512, 16, 8, 128), NAN, dtype=dtype) for _ in range(2))
+        call(
+            "delta_prep_with_kvcache", "triton",
+            {"k": args["k"], "v": args["v"], "k_cache": k_cache, "v_cache": v_cache, **prep, "interleaved": False,
+             "positions": None, "token_mask": None, "cu_seqlens": ints(*ends), "cache_seqlens": ints(5, 0, 17),
+             "block_table": pages, "state_indices": None},
+        )  # fmt: skip
+        caches.append((k_cache, v_cache))
+    assert all(map(same_bits, *caches))
+    _, k, v = call("delta_prep_fwd", "triton", args)
+    for cache, want in zip(caches[0], (k, v), strict=True):
+        for row, (begin, end, filled) in enumerate(zip(ends, ends[1:], (5, 0, 17), strict=False)):
+            slots = cache[pages[row].long()].flatten(0, 1)
+            assert same_bits(slots[filled : filled + end - begin], want[0, begin:end])
+            assert slots[:filled].isnan().all() and slots[filled + end - begin :].isnan().all()

@@ -39,7 +39,8 @@ def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None,
     if capability is None:
         return Tile(16, 16, 4, 1)
     if dtype == torch.float32:  # FMA dots: registers hold slices of both operands too
-        return Tile(64, 32, 8, 1) if D <= 64 else Tile(16, 32, 8, 1)
+        warps = 4 if D > 128 and capability == GFX else 8
+        return Tile(64, 32, 8, 1) if D <= 64 else Tile(16, 32, warps, 1)
     if capability == GFX:
         return Tile(128, 64, 4, 1) if D <= 128 else Tile(64, 32, 4, 1)
     if capability[0] == 9:

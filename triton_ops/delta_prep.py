@@ -9,44 +9,25 @@ import torch
 import triton
 import triton.language as tl
 
-from .delta_prep_bwd import delta_prep_bwd, rotary_strides
-from .lift import columns, lift
+from deltamem_kernels.ops import SEGMENT_LEN, tape_shape
+
+from .delta_prep_bwd import delta_prep_bwd
+from .delta_scan import delta_scan_fwd
+from .lift import columns
 from .lowering import launches
-from .prologue import load_pairs, normed, pair_channels, pair_count, rotary_rows, store_pairs
+from .prep_tiles import (
+    outer_strides,
+    prep_heads,
+    rotary_flags,
+    rotary_strides,
+    tile,
+    token_angles,
+)
+from .scan_plan import plan
+from .scan_prep import joins, scan_beside_prep, scan_prep
 from .sequences import search_steps, sequence_of
 
-__all__ = ["delta_prep_bwd", "delta_prep_fwd", "delta_prep_with_kvcache", "lowerings"]
-
-# (tokens x pairs, heads, warps) of a program: 8 pairs of a thread make 16-byte loads of 2-byte types. Few tokens:
-# one head each, to spread over the machine.
-PREFILL_TILE, DECODE_TILE = (1024, 4, 4), (256, 1, 1)
-DECODE_TOKENS = 64
-
-
-@triton.jit
-def prep_heads(
-    x_ptr, y_ptr, delta_ptr, norm_ptr, x_at, y_at, read_at, n_ok, live, cos, sin, first_head, n_heads,
-    stride_xh, stride_yh, stride_delta, reads_ptr, stride_rh, eps, ROTATES: tl.constexpr, GROUP: tl.constexpr,
-    J: tl.constexpr, R: tl.constexpr, JC: tl.constexpr,
-    D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, P: tl.constexpr,
-):  # fmt: skip
-    """Heads first_head .. first_head + GROUP of the rows at x_at, y_at, read_at int64 [BT]; cos, sin [BT, P]."""
-    first, second = pair_channels(D, HALF, INTERLEAVED, P)
-    x_at += first_head.to(tl.int64) * stride_xh
-    y_at += first_head.to(tl.int64) * stride_yh
-    for head in range(first_head, min(first_head + GROUP, n_heads)):
-        a, b = load_pairs(x_ptr + x_at[:, None], live[:, None], D, HALF, INTERLEAVED, P)
-        if delta_ptr is not None:
-            row = head * D
-            a += lift(reads_ptr, read_at, live, stride_rh, delta_ptr, row + first, first < D, stride_delta, J, R, JC)
-            b += lift(reads_ptr, read_at, live, stride_rh, delta_ptr, row + second, second < D, stride_delta, J, R, JC)
-        if norm_ptr is not None:
-            a, b = normed(a, b, norm_ptr, eps, D, HALF, INTERLEAVED, P)
-        if ROTATES:
-            a, b = a * cos - b * sin, b * cos + a * sin
-        store_pairs(y_ptr + y_at[:, None], a, b, n_ok[:, None], D, HALF, INTERLEAVED, P)
-        x_at += stride_xh
-        y_at += stride_yh
+__all__ = ["delta_prep_bwd", "delta_prep_fwd", "delta_prep_with_kvcache", "delta_scan_prep_fwd", "lowerings"]
 
 
 @triton.jit(do_not_specialize=["n_tokens", "T", "n_rows", "steps", "page", "q_groups", "k_groups", "HQ", "HKV"])
@@ -82,39 +63,35 @@ def prep_kernel(
             out_b = tl.load(table_ptr + row * stride_tb + index // page, mask=live, other=0).to(tl.int64)
             out_t = index % page
         n_ok = live
-    cos, sin = 0.0, 0.0
-    if cos_ptr is not None:
-        if positions_ptr is not None:
-            index = tl.load(positions_ptr + b * stride_pb + t, mask=live, other=0).to(tl.int64)
-        cos_at = b * stride_cb + t * stride_ct if GATHERED else index * stride_ct
-        sin_at = b * stride_sb + t * stride_st if GATHERED else index * stride_st
-        cos, sin = rotary_rows(cos_ptr + cos_at[:, None], sin_ptr + sin_at[:, None], live[:, None], HALF, P)
+    cos, sin = token_angles(
+        cos_ptr, sin_ptr, positions_ptr, b, t, index, live, stride_cb, stride_ct, stride_sb, stride_st, stride_pb,
+        GATHERED, HALF, P,
+    )  # fmt: skip
     read_at = b * stride_rb + t * stride_rt
     ROTATES: tl.constexpr = cos_ptr is not None
     if group < q_groups:
         if q_ptr is not None:
+            first = group * GROUP
             prep_heads(
                 q_ptr, q_out, delta_q, q_norm, b * stride_qb + t * stride_qt, out_b * stride_qob + out_t * stride_qot,
-                read_at, n_ok, live, cos, sin, group * GROUP, HQ, stride_qh, stride_qoh, stride_dq,
-                reads_ptr, stride_rh, eps, ROTATES, GROUP, J, R, JC, D, HALF, INTERLEAVED, P,
+                read_at, n_ok, live, cos, sin, first, min(first + GROUP, HQ), stride_qh, stride_qoh, stride_dq,
+                reads_ptr, stride_rh, eps, ROTATES, J, R, JC, D, HALF, INTERLEAVED, P,
             )  # fmt: skip
     elif group < q_groups + k_groups:
         if k_ptr is not None:
+            first = (group - q_groups) * GROUP
             prep_heads(
                 k_ptr, k_out, delta_k, k_norm, b * stride_kb + t * stride_kt, out_b * stride_kob + out_t * stride_kot,
-                read_at, n_ok, live, cos, sin, (group - q_groups) * GROUP, HKV, stride_kh, stride_koh, stride_dk,
-                reads_ptr, stride_rh, eps, ROTATES, GROUP, J, R, JC, D, HALF, INTERLEAVED, P,
+                read_at, n_ok, live, cos, sin, first, min(first + GROUP, HKV), stride_kh, stride_koh, stride_dk,
+                reads_ptr, stride_rh, eps, ROTATES, J, R, JC, D, HALF, INTERLEAVED, P,
             )  # fmt: skip
     elif v_ptr is not None:
+        first = (group - q_groups - k_groups) * GROUP
         prep_heads(
             v_ptr, v_out, delta_v, None, b * stride_vb + t * stride_vt, out_b * stride_vob + out_t * stride_vot,
-            read_at, n_ok, live, cos, sin, (group - q_groups - k_groups) * GROUP, HKV, stride_vh, stride_voh, stride_dv,
-            reads_ptr, stride_rh, eps, False, GROUP, J, R, JC, D, HALF, INTERLEAVED, P,
+            read_at, n_ok, live, cos, sin, first, min(first + GROUP, HKV), stride_vh, stride_voh, stride_dv,
+            reads_ptr, stride_rh, eps, False, J, R, JC, D, HALF, INTERLEAVED, P,
         )  # fmt: skip
-
-
-def _strides(x, count=3):
-    return (0,) * count if x is None else x.stride()[:count]
 
 
 def _launch(
@@ -129,39 +106,72 @@ def _launch(
     if not n_tokens:
         return
     H, R = (1, 1) if reads is None else reads.shape[2:]
-    elements, group, warps = DECODE_TILE if n_tokens <= DECODE_TOKENS else PREFILL_TILE
-    P = pair_count(D)
-    BT = min(max(1, elements // P), 64)
+    BT, group, warps = tile(n_tokens, D, H * R)
     q_groups, k_groups = triton.cdiv(HQ, group), 0 if k is None else triton.cdiv(HKV, group)
     groups = q_groups + k_groups + (0 if v is None else triton.cdiv(HKV, group))
     n_rows = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    gathered = cos is not None and cos.ndim == 3
     prep_kernel[(triton.cdiv(n_tokens, BT) * groups,)](
         *inputs, *outputs, reads, *deltas, *norms, cos, sin,
         positions, token_mask, cu_seqlens, lengths, block_table, state_indices,
         n_tokens, T, n_rows, search_steps(n_rows), 0 if block_table is None else outputs[1].shape[1],
         q_groups, k_groups, HQ, HKV, norm_eps,
-        *(stride for x in (*inputs, *outputs, reads) for stride in _strides(x)),
-        *(stride for x in deltas for stride in _strides(x, 1)), *rotary_strides(cos), *rotary_strides(sin),
-        *(stride for x in (positions, token_mask, block_table) for stride in _strides(x, 1)),
-        GATHERED=gathered, GROUP=group, BT=BT, J=H * R, R=R, JC=columns(H * R), D=D,
-        HALF=0 if cos is None else cos.shape[-1], INTERLEAVED=interleaved and cos is not None, P=P,
-        num_warps=warps,
+        *(stride for x in (*inputs, *outputs, reads) for stride in outer_strides(x)),
+        *(stride for x in deltas for stride in outer_strides(x, 1)), *rotary_strides(cos), *rotary_strides(sin),
+        *(stride for x in (positions, token_mask, block_table) for stride in outer_strides(x, 1)),
+        GROUP=group, BT=BT, J=H * R, R=R, JC=columns(H * R), **rotary_flags(cos, interleaved, D), num_warps=warps,
     )  # fmt: skip
+
+
+def _results(*inputs):
+    """(fresh tensors like the inputs, an empty one for an absent input; the same with None for an absent input)"""
+    given = next(x for x in inputs if x is not None)
+    results = [given.new_empty((0,) if x is None else x.shape) for x in inputs]
+    return results, [None if x is None else y for x, y in zip(inputs, results, strict=True)]
 
 
 def delta_prep_fwd(
     q, k, v, reads, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight, norm_eps,
     rotary_cos, rotary_sin, rotary_interleaved, positions, cu_seqlens,
 ):  # fmt: skip
-    given = next(x for x in (q, k, v) if x is not None)
-    results = [given.new_empty((0,) if x is None else x.shape) for x in (q, k, v)]
-    outputs = [None if x is None else y for x, y in zip((q, k, v), results, strict=True)]
+    results, outputs = _results(q, k, v)
     _launch(
         (q, k, v), outputs, reads, (delta_q, delta_k, delta_v), (q_norm_weight, k_norm_weight), norm_eps,
         rotary_cos, rotary_sin, rotary_interleaved, positions, cu_seqlens,
     )  # fmt: skip
     return tuple(results)
+
+
+def delta_scan_prep_fwd(
+    mem_q, mem_k, mem_v, beta, lam, initial_state, token_mask, cu_seqlens, beta_bias, lam_bias, update_rule, write,
+    use_qk_activation_in_kernel, use_gate_in_kernel, segment_len, save_tape, k, v, delta_k, delta_v, k_norm_weight,
+    norm_eps, rotary_cos, rotary_sin, rotary_interleaved, positions,
+):  # fmt: skip
+    B, T, H, R = mem_q.shape
+    tokens, biases = (mem_q, mem_k, mem_v, beta, lam), (beta_bias, lam_bias)
+    options = (update_rule, write, use_qk_activation_in_kernel, use_gate_in_kernel)
+    rotary = (rotary_cos, rotary_sin, rotary_interleaved, positions)
+    cut = plan(mem_q, beta, lam, cu_seqlens, update_rule, write, segment_len)
+    waits = delta_k is not None or v is not None  # v is here to be corrected
+    if not cut.slots[0] or not T or (waits and not joins(cut, T, H)):
+        scanned = delta_scan_fwd(
+            *tokens, initial_state, token_mask, cu_seqlens, *biases, *options, segment_len, save_tape
+        )
+        prepared = delta_prep_fwd(
+            None, k, v, scanned[0], None, delta_k, delta_v, None, k_norm_weight, norm_eps, *rotary, cu_seqlens
+        )
+        return *scanned, *prepared[1:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    tape_len, tape = 0, (0,)
+    if save_tape:
+        tape_len, tape = segment_len or SEGMENT_LEN, tape_shape(mem_q, cu_seqlens, segment_len)
+    scanned = [mem_q.new_empty(shape, dtype=torch.float32) for shape in ((B, T, H, R), (N, H, R, R), tape)]
+    results, outputs = _results(k, v)
+    join = scan_prep if waits else scan_beside_prep
+    join(
+        cut, tokens, biases, initial_state, token_mask, cu_seqlens, *options, tape_len, *scanned,
+        k, v, *outputs, delta_k, delta_v, k_norm_weight, norm_eps, *rotary,
+    )  # fmt: skip
+    return *scanned, *results
 
 
 def delta_prep_with_kvcache(
@@ -177,33 +187,54 @@ def delta_prep_with_kvcache(
 
 
 def lowerings():
-    """Every (name, kernel, signature, constexprs, options) that the launchers pick, at sizes of an 8B model."""
+    """Every (name, kernel, signature, constexprs, options) that the launchers pick, at sizes of an 8B model; each
+    once, and without the scan's own kernels."""
+    seen = set()
+    for name, kernel, *configuration in _launched():
+        key = kernel.__name__, repr(configuration)
+        if key not in seen and kernel.__name__ not in ("segment_maps_kernel", "compose_maps_kernel"):
+            seen.add(key)
+            yield name, kernel, *configuration
 
+
+def _launched():
     def empty(*shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    for dtype in (torch.bfloat16, torch.float32):
-        for tokens, D, half, interleaved, J, paged in (
-            (8192, 128, 64, False, 8, False),
-            (8192, 128, 64, True, 8, False),
-            (8192, 96, 48, False, 8, False),
-            (8192, 256, 32, False, 8, False),
-            (8192, 64, 32, False, 32, False),
-            (8192, 128, 0, False, 8, False),
-            (8, 128, 64, False, 8, True),
-        ):
-            q, kv = empty(1, tokens, 32, D, dtype=dtype), empty(1, tokens, 8, D, dtype=dtype)
-            deltas = [empty(heads * D, J, dtype=dtype) for heads in (32, 8, 8)]
-            norm, tables = empty(D, dtype=dtype), [empty(40960, half)] * 2 if half else [None, None]
-            words = (*deltas, norm, norm, 1e-6, *tables, interleaved, None, None)
-            reads = empty(1, tokens, J // 8, 8)
-            name = f"T={tokens} D={D}{' interleaved' if interleaved else f' rotary={2 * half}'} J={J}"
-            if paged:
-                cache, ints = empty(64, 16, 8, D, dtype=dtype), empty(1, 64, dtype=torch.int32)
-                yield from launches(
-                    f"{name} paged", delta_prep_with_kvcache, kv, kv, cache, cache, reads, *deltas[1:], norm, 1e-6,
-                    *tables, interleaved, None, None, None, ints[0], ints, ints[0],
-                )  # fmt: skip
-                continue
-            yield from launches(name, delta_prep_fwd, q, kv, kv, reads, *words)
-            yield from launches(name, delta_prep_bwd, q, kv, kv, q, kv, kv, reads, *words, False)
+    half, full = torch.bfloat16, torch.float32
+    # fwd, bwd; paged: into a cache; joined: with the scan, packed, beside: k alone
+    for dtype, T, D, rotary, interleaved, H, R, ops in (
+        (half, 8192, 128, 128, False, 1, 8, "fwd bwd paged joined packed beside"),
+        (half, 8192, 128, 128, True, 1, 8, "fwd bwd"),
+        (half, 8192, 128, 0, False, 1, 16, "fwd bwd joined"),
+        (half, 8192, 96, 96, False, 1, 8, "fwd bwd joined"),
+        (half, 8192, 256, 64, False, 1, 8, "fwd bwd joined"),
+        (half, 8192, 64, 64, False, 4, 8, "fwd bwd joined"),
+        (half, 8, 128, 128, False, 1, 8, "fwd paged beside"),
+        (full, 8192, 64, 64, False, 1, 8, "fwd bwd"),
+        (full, 8192, 128, 128, False, 1, 8, "fwd bwd paged packed"),
+        (full, 8192, 256, 256, False, 1, 16, "fwd bwd joined beside"),
+    ):
+        q, kv, mem = empty(1, T, 32, D, dtype=dtype), empty(1, T, 8, D, dtype=dtype), empty(1, T, H, R, dtype=dtype)
+        deltas = [empty(heads * D, H * R, dtype=dtype) for heads in (32, 8, 8)]
+        norm, reads, ints = empty(D, dtype=dtype), empty(1, T, H, R), empty(9, dtype=torch.int32)
+        cache, table = empty(64, 16, 8, D, dtype=dtype), empty(1, 64, dtype=torch.int32)
+        rotation = [empty(40960, rotary // 2, dtype=dtype)] * 2 if rotary else [None, None]
+        rotation = (1e-6, *rotation, interleaved, None)
+        words = (reads, *deltas, norm, norm, *rotation, None)
+        scan, options = (*(mem,) * 4, *(None,) * 3), (None, None, "standard", True, False, False, 0, True)
+        fused = (*scan, None, *options, kv, kv, *deltas[1:], norm, *rotation)
+        calls = {
+            "fwd": (delta_prep_fwd, q, kv, kv, *words),
+            "bwd": (delta_prep_bwd, q, kv, kv, q, kv, kv, *words, False),
+            "paged": (
+                delta_prep_with_kvcache, kv, kv, cache, cache, reads, *deltas[1:], norm, *rotation,
+                None, None, ints[:1], table, ints[:1],
+            ),
+            "joined": (delta_scan_prep_fwd, *fused),
+            "packed": (delta_scan_prep_fwd, *scan, ints, *fused[8:]),
+            "beside": (delta_scan_prep_fwd, *fused[:17], None, None, None, norm, *rotation),
+        }  # fmt: skip
+        name = f"T={T} D={D} rotary={rotary}{' interleaved' if interleaved else ''} H={H} R={R}"
+        for op in ops.split():
+            yield from launches(f"{name} {op}", *calls[op])

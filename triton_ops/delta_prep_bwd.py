@@ -12,12 +12,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .lift import add_parts, columns, lift, load_reads, load_weight
-from .prologue import load_pairs, pair_channels, pair_count, rotary_rows, store_pairs
+from .lift import add_parts, columns, load_reads, load_weight
+from .prep_tiles import lifted, outer_strides, rotary_strides, tall, token_angles
+from .prologue import load_pairs, pair_channels, pair_count, store_pairs
 from .sequences import search_steps, sequence_of
 
-# A tile's sums of JC columns per channel fill 2 x 32 registers of a thread at D = 128.
-BWD_ELEMENTS, BWD_WARPS = 512, 4  # tokens x pairs of a tile
+# (tokens x pairs, warps) of a tile: its sums of JC columns per channel fill 2 x 32 registers of a thread. Rows of at
+# most 32 pairs are one warp's, so that a weight's row is one load of 16 bytes.
+TILE, NARROW_TILE = (512, 4), (128, 1)
 CHUNK_TOKENS, MAX_CHUNKS = 256, 32
 
 
@@ -39,14 +41,17 @@ def prep_bwd_kernel(
     first, second = pair_channels(D, HALF, INTERLEAVED, P)
     row = head * D
     if norm_ptr is not None:
-        norm_a = tl.load(norm_ptr + first, mask=first < D, other=0.0).to(tl.float32)[None, :]
-        norm_b = tl.load(norm_ptr + second, mask=second < D, other=0.0).to(tl.float32)[None, :]
-        dnorm_a = tl.zeros([BT, P], tl.float32)
-        dnorm_b = tl.zeros([BT, P], tl.float32)
+        norm_a = tl.load(norm_ptr + first, mask=first < D, other=0.0).to(tl.float32)[None, None, :]
+        norm_b = tl.load(norm_ptr + second, mask=second < D, other=0.0).to(tl.float32)[None, None, :]
+        dnorm_a = tl.zeros([1, BT, P], tl.float32)
+        dnorm_b = tl.zeros([1, BT, P], tl.float32)
     if delta_ptr is not None:
+        weight_a = load_weight(delta_ptr, row + first, first < D, stride_delta, j0, J, JC)[:, None, :]
+        weight_b = load_weight(delta_ptr, row + second, second < D, stride_delta, j0, J, JC)[:, None, :]
         ddelta_a = tl.zeros([JC, BT, P], tl.float32)
         ddelta_b = tl.zeros([JC, BT, P], tl.float32)
-    for start in range(chunk * chunk_tokens, min((chunk + 1) * chunk_tokens, n_tokens), BT):
+    start = chunk * chunk_tokens
+    while start < tl.minimum((chunk + 1) * chunk_tokens, n_tokens):
         n = start + tl.arange(0, BT)
         n_ok = n < n_tokens
         b, t = n // T, n % T
@@ -54,30 +59,36 @@ def prep_bwd_kernel(
         if cu_ptr is not None:
             _, index, live = sequence_of(t, cu_ptr, n_rows, steps, n_ok)
         read_at = b * stride_rb + t * stride_rt
-        x = x_ptr + (b * stride_xb + t * stride_xt + head.to(tl.int64) * stride_xh)[:, None]
-        a, b2 = load_pairs(x, live[:, None], D, HALF, INTERLEAVED, P)
+        x = x_ptr + tall(b * stride_xb + t * stride_xt + head.to(tl.int64) * stride_xh)
+        a, b2 = load_pairs(x, tall(live), D, HALF, INTERLEAVED, P)
         if delta_ptr is not None:
-            a += lift(reads_ptr, read_at, live, stride_rh, delta_ptr, row + first, first < D, stride_delta, J, R, JC)
-            b2 += lift(reads_ptr, read_at, live, stride_rh, delta_ptr, row + second, second < D, stride_delta, J, R, JC)
-        scale = tl.full([BT, 1], 1.0, tl.float32)
+            r = load_reads(reads_ptr, read_at, live, stride_rh, j0, J, R, JC)[:, :, None]
+            if J <= JC:
+                a += tl.sum(r * weight_a, 0, keep_dims=True)
+                b2 += tl.sum(r * weight_b, 0, keep_dims=True)
+            else:
+                a += lifted(
+                    reads_ptr, read_at, live, stride_rh, delta_ptr, row + first, first < D, stride_delta, J, R, JC
+                )
+                b2 += lifted(
+                    reads_ptr, read_at, live, stride_rh, delta_ptr, row + second, second < D, stride_delta, J, R, JC
+                )
+        scale = tl.full([1, BT, 1], 1.0, tl.float32)
         if norm_ptr is not None:
-            scale = 1 / tl.sqrt_rn(tl.sum(a * a + b2 * b2, 1, keep_dims=True) / D + eps)
+            scale = 1 / tl.sqrt_rn(tl.sum(a * a + b2 * b2, 2, keep_dims=True) / D + tl.where(tall(live), eps, 1.0))
             a, b2 = a * scale, b2 * scale
-        ga = tl.zeros([BT, P], tl.float32)
-        gb = tl.zeros([BT, P], tl.float32)
+        ga = tl.zeros([1, BT, P], tl.float32)
+        gb = tl.zeros([1, BT, P], tl.float32)
         if dy_ptr is not None:
-            dy = dy_ptr + (b * stride_yb + t * stride_yt + head.to(tl.int64) * stride_yh)[:, None]
-            ga, gb = load_pairs(dy, live[:, None], D, HALF, INTERLEAVED, P)
+            dy = dy_ptr + tall(b * stride_yb + t * stride_yt + head.to(tl.int64) * stride_yh)
+            ga, gb = load_pairs(dy, tall(live), D, HALF, INTERLEAVED, P)
         if cos_ptr is not None:
-            if positions_ptr is not None:
-                index = tl.load(positions_ptr + b * stride_pb + t, mask=live, other=0).to(tl.int64)
-            cos_at = b * stride_cb + t * stride_ct if GATHERED else index * stride_ct
-            sin_at = b * stride_sb + t * stride_st if GATHERED else index * stride_st
-            c, s = rotary_rows(cos_ptr + cos_at[:, None], sin_ptr + sin_at[:, None], live[:, None], HALF, P)
+            c, s = token_angles(cos_ptr, sin_ptr, positions_ptr, b, t, index, live, stride_cb, stride_ct, stride_sb,
+                                stride_st, stride_pb, GATHERED, HALF, P)  # fmt: skip
             if dcos_ptr is not None:
                 ya, yb = (a, b2) if norm_ptr is None else (a * norm_a, b2 * norm_b)
-                at = (head * n_tokens.to(tl.int64) + n)[:, None] * HALF + tl.arange(0, P)[None, :]
-                turns = n_ok[:, None] & (tl.arange(0, P) < HALF)[None, :] & (j0 == 0)
+                at = tall(head * n_tokens.to(tl.int64) + n) * HALF + tl.arange(0, P)[None, :]
+                turns = tall(n_ok) & (tl.arange(0, P) < HALF)[None, :] & (j0 == 0)
                 tl.store(dcos_ptr + at, ga * ya + gb * yb, mask=turns)
                 tl.store(dsin_ptr + at, gb * ya - ga * yb, mask=turns)
             ga, gb = ga * c + gb * s, gb * c - ga * s
@@ -85,20 +96,18 @@ def prep_bwd_kernel(
             dnorm_a += ga * a
             dnorm_b += gb * b2
             ga, gb = ga * norm_a, gb * norm_b
-            along = tl.sum(ga * a + gb * b2, 1, keep_dims=True) / D
+            along = tl.sum(ga * a + gb * b2, 2, keep_dims=True) / D
             ga, gb = scale * (ga - a * along), scale * (gb - b2 * along)
-        dx = dx_ptr + ((n * n_heads + head) * D)[:, None]
-        store_pairs(dx, ga, gb, n_ok[:, None] & (j0 == 0), D, HALF, INTERLEAVED, P)
+        dx = dx_ptr + tall((n * n_heads + head) * D)
+        store_pairs(dx, ga, gb, tall(n_ok) & (j0 == 0), D, HALF, INTERLEAVED, P)
         if delta_ptr is not None:
-            r = load_reads(reads_ptr, read_at, live, stride_rh, j0, J, R, JC)[:, :, None]
-            ddelta_a += r * ga[None, :, :]
-            ddelta_b += r * gb[None, :, :]
-            weight_a = load_weight(delta_ptr, row + first, first < D, stride_delta, j0, J, JC)[:, None, :]
-            weight_b = load_weight(delta_ptr, row + second, second < D, stride_delta, j0, J, JC)[:, None, :]
-            dr = tl.sum(ga[None, :, :] * weight_a + gb[None, :, :] * weight_b, 2)  # [JC, BT]
+            ddelta_a += r * ga
+            ddelta_b += r * gb
+            dr = tl.sum(ga * weight_a + gb * weight_b, 2)  # [JC, BT]
             j = j0 + tl.arange(0, JC)
             at = (head * n_tokens.to(tl.int64) + n)[None, :] * J + j[:, None]
             tl.store(dreads_ptr + at, dr, mask=n_ok[None, :] & (j < J)[:, None])
+        start += BT
     part = chunk * n_heads + head
     if delta_ptr is not None:
         j = (j0 + tl.arange(0, JC))[:, None]
@@ -106,15 +115,12 @@ def prep_bwd_kernel(
         tl.store(ddelta_ptr + at + first[None, :] * J, tl.sum(ddelta_a, 1), mask=(j < J) & (first < D)[None, :])
         tl.store(ddelta_ptr + at + second[None, :] * J, tl.sum(ddelta_b, 1), mask=(j < J) & (second < D)[None, :])
     if norm_ptr is not None:
-        tl.store(dnorm_ptr + part * D + first, tl.sum(dnorm_a, 0), mask=(first < D) & (j0 == 0))
-        tl.store(dnorm_ptr + part * D + second, tl.sum(dnorm_b, 0), mask=(second < D) & (j0 == 0))
+        tl.store(dnorm_ptr + part * D + first, tl.sum(tl.sum(dnorm_a, 1), 0), mask=(first < D) & (j0 == 0))
+        tl.store(dnorm_ptr + part * D + second, tl.sum(tl.sum(dnorm_b, 1), 0), mask=(second < D) & (j0 == 0))
 
 
-def rotary_strides(table):
-    """(batch, row) strides of a rotary table, gathered [B, T, HALF] or indexed by position [S, HALF]."""
-    if table is None:
-        return 0, 0
-    return table.stride()[:2] if table.ndim == 3 else (0, table.stride(0))
+def _zeros(weight):
+    return add_parts(weight.new_empty((0, *weight.shape), dtype=torch.float32), weight.new_empty(weight.shape))
 
 
 def _head_grads(
@@ -124,7 +130,8 @@ def _head_grads(
     B, T, heads, D = x.shape
     H, R = (1, 1) if delta is None else reads.shape[2:]
     J, JC, P, n_tokens = H * R, columns(H * R), pair_count(D), B * T
-    BT = min(max(1, BWD_ELEMENTS // P), 32)
+    elements, warps = NARROW_TILE if P <= 32 else TILE
+    BT = min(max(1, elements // P), 32)
     chunks = min(triton.cdiv(n_tokens, CHUNK_TOKENS), MAX_CHUNKS)
     chunk_tokens = triton.cdiv(triton.cdiv(n_tokens, max(chunks, 1)), BT) * BT
     n_rows = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -140,11 +147,11 @@ def _head_grads(
             dy, x, dx, delta, norm_weight, reads if delta is not None else None, dreads, ddelta, dnorm,
             cos, sin, dcos, dsin, positions, cu_seqlens,
             n_tokens, T, n_rows, search_steps(n_rows), chunk_tokens, heads, norm_eps,
-            *((0, 0, 0) if dy is None else dy.stride()[:3]), *x.stride()[:3],
-            *((0, 0, 0) if delta is None else reads.stride()[:3]), 0 if delta is None else delta.stride(0),
-            *rotary_strides(cos), *rotary_strides(sin), 0 if positions is None else positions.stride(0),
+            *outer_strides(dy), *outer_strides(x),
+            *outer_strides(reads if delta is not None else None), *outer_strides(delta, 1),
+            *rotary_strides(cos), *rotary_strides(sin), *outer_strides(positions, 1),
             GATHERED=gathered, BT=BT, J=J, R=R, JC=JC, D=D, HALF=0 if cos is None else cos.shape[-1],
-            INTERLEAVED=interleaved and cos is not None, P=P, num_warps=BWD_WARPS,
+            INTERLEAVED=interleaved and cos is not None, P=P, num_warps=warps,
         )  # fmt: skip
     return (
         dx,
@@ -175,7 +182,7 @@ def delta_prep_bwd(
     grads, reads_at, table_at = [], 0, 0
     for dy, x, delta, norm_weight, turns in jobs:
         if x is None:
-            grads.append((empty, *(empty if w is None else w.new_zeros(w.shape) for w in (delta, norm_weight))))
+            grads.append((empty, *(empty if w is None else _zeros(w) for w in (delta, norm_weight))))
             continue
         rotary = (rotary_cos, rotary_sin) if turns else (None, None)
         shares = [table[table_at:] if rotary_grad and turns else None for table in tables]

@@ -11,7 +11,8 @@ import triton.language as tl
 
 # Columns held at once: 16 bytes of a bf16 weight's row, one vector load.
 COLUMNS = 8
-PARTS_BLOCK = 64
+# A sum's tile: 128 bytes of a part, and as many parts in flight as 32 registers of a thread hold.
+PARTS_BLOCK, MAX_PARTS = 32, 128
 
 
 def columns(J: int) -> int:
@@ -49,23 +50,24 @@ def lift(
 
 
 @triton.jit(do_not_specialize=["n_parts"])
-def add_parts_kernel(parts_ptr, total_ptr, size, n_parts, UNROLL: tl.constexpr, BLOCK: tl.constexpr):
-    """total[i] = sum over parts of parts[p, i], first to last: equal bits in every run."""
+def add_parts_kernel(parts_ptr, total_ptr, size, n_parts, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """total[i] = sum over parts of parts[p, i]: PARTS sums of every PARTS-th part, then their tree, in every run."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    at = parts_ptr + i
-    for p in range(0, n_parts, UNROLL):
-        for u in tl.static_range(UNROLL):  # loads that do not wait for each other
-            stop = tl.where(p + u < n_parts, size, 0)
-            total += tl.load(at + u * tl.cast(size, tl.int64), mask=i < stop, other=0.0)
-        at += tl.cast(size, tl.int64) * UNROLL
-    tl.store(total_ptr + i, total.to(total_ptr.dtype.element_ty), mask=i < size)
+    p, first = tl.arange(0, PARTS), 0
+    sums = tl.zeros([PARTS, BLOCK], tl.float32)
+    while first < n_parts:
+        at = p.to(tl.int64)[:, None] * size + i[None, :]
+        sums += tl.load(parts_ptr + at, mask=(i < size)[None, :] & (p < n_parts)[:, None], other=0.0)
+        p, first = p + PARTS, first + PARTS
+    tl.store(total_ptr + i, tl.sum(sums, 0).to(total_ptr.dtype.element_ty), mask=i < size)
 
 
 def add_parts(parts: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Sums parts [P, *total.shape] fp32 over P into total."""
-    size = total.numel()
+    size, n_parts = total.numel(), parts.shape[0]
     if size:
-        grid = (triton.cdiv(size, PARTS_BLOCK),)
-        add_parts_kernel[grid](parts, total, size, parts.shape[0], UNROLL=8, BLOCK=PARTS_BLOCK, num_warps=1)
+        add_parts_kernel[(triton.cdiv(size, PARTS_BLOCK),)](
+            parts, total, size, n_parts, PARTS=min(triton.next_power_of_2(max(n_parts, 1)), MAX_PARTS),
+            BLOCK=PARTS_BLOCK, num_warps=4,
+        )  # fmt: skip
     return total

@@ -4,7 +4,8 @@
 
 in fp32. A tile of M rows is held as its rotary pairs (a, b), each [M, P] with P = next power of two of D / 2:
 the turn is then elementwise and every channel is loaded, corrected and scaled once. Rows are given by
-pointers [M, 1], so a tile may mix tokens, heads and sequences. Channels past D hold 0.
+pointers [M, 1], so a tile may mix tokens, heads and sequences. Channels past D hold 0. Loading, norm, turn and
+storing take tiles [1, M, P] as well, from pointers [1, M, 1].
 """
 
 import triton
@@ -53,7 +54,10 @@ def joined(a, b, INTERLEAVED: tl.constexpr):
     x = tl.join(a, b)  # [M, P, 2]
     if not INTERLEAVED:
         x = tl.permute(x, (0, 2, 1))
-    return tl.reshape(x, (a.shape[0], 2 * a.shape[1]))
+    if len(a.shape) == 2:
+        return tl.reshape(x, (a.shape[0], 2 * a.shape[1]))
+    else:
+        return tl.reshape(x, (a.shape[0], a.shape[1], 2 * a.shape[2]))
 
 
 @triton.jit
@@ -62,7 +66,10 @@ def load_pairs(x, live, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.con
     if INTERLEAVED:
         channels = tl.arange(0, 2 * P)[None, :]
         both = tl.load(x + channels, mask=live & (channels < D), other=0.0)
-        a, b = tl.split(tl.reshape(both, (both.shape[0], P, 2)))
+        if len(both.shape) == 2:
+            a, b = tl.split(tl.reshape(both, (both.shape[0], P, 2)))
+        else:
+            a, b = tl.split(tl.reshape(both, (both.shape[0], both.shape[1], P, 2)))
     else:
         first, second = pair_channels(D, HALF, INTERLEAVED, P)
         a = tl.load(x + first[None, :], mask=live & channel_mask(first, D, HALF)[None, :], other=0.0)
@@ -130,7 +137,7 @@ def normed(
 ):
     """RMSNorm over the D channels of a row, times weight [D]."""
     first, second = pair_channels(D, HALF, INTERLEAVED, P)
-    scale = tl.math.rsqrt(tl.sum(a * a + b * b, 1, keep_dims=True) / D + eps)
+    scale = tl.math.rsqrt(tl.sum(a * a + b * b, len(a.shape) - 1, keep_dims=True) / D + eps)
     weight_a = tl.load(weight + first, mask=first < D, other=0.0).to(tl.float32)[None, :]
     weight_b = tl.load(weight + second, mask=second < D, other=0.0).to(tl.float32)[None, :]
     return a * scale * weight_a, b * scale * weight_b

@@ -17,12 +17,13 @@ def sequence_of(t, cu_ptr, n_rows, steps, ok):
     """
     low = tl.zeros_like(t)
     high = low + n_rows
-    for _ in range(steps):
+    while steps > 0:
         middle = (low + high) // 2
         ends = tl.load(cu_ptr + middle + 1, mask=ok & (middle < n_rows), other=2147483647)
         behind = (ends <= t) & (low < high)
         low = tl.where(behind, middle + 1, low)
         high = tl.where(behind, high, middle)
+        steps -= 1
     inside = ok & (low < n_rows)
     start = tl.load(cu_ptr + low, mask=inside, other=0)
     return low, t - start, inside

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .delta_scan import delta_scan_fwd
 from .precision import compute_dtype, widen, without_autocast
 from .rows import cached_spans, covered, slot_index, slot_positions, spans
 
@@ -172,6 +173,47 @@ def delta_prep_fwd(
         some.new_empty(0) if x is None else prepare(x, reads, delta, weight, norm_eps, turn, live, dtype)
         for x, delta, weight, turn in jobs
     )
+
+
+@without_autocast
+def delta_scan_prep_fwd(
+    mem_q: Tensor,
+    mem_k: Tensor | None,
+    mem_v: Tensor | None,
+    beta: Tensor | None,
+    lam: Tensor | None,
+    initial_state: Tensor | None,
+    token_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    beta_bias: Tensor | None,
+    lam_bias: Tensor | None,
+    update_rule: str,
+    write: bool,
+    use_qk_activation_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    segment_len: int,
+    save_tape: bool,
+    k: Tensor | None,
+    v: Tensor | None,
+    delta_k: Tensor | None,
+    delta_v: Tensor | None,
+    k_norm_weight: Tensor | None,
+    norm_eps: float,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_interleaved: bool,
+    positions: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """The scan's results, then k', v' corrected by its reads."""
+    reads, final_state, tape = delta_scan_fwd(
+        mem_q, mem_k, mem_v, beta, lam, initial_state, token_mask, cu_seqlens, beta_bias, lam_bias, update_rule, write,
+        use_qk_activation_in_kernel, use_gate_in_kernel, segment_len, save_tape,
+    )  # fmt: skip
+    _, k_prep, v_prep = delta_prep_fwd(
+        None, k, v, reads, None, delta_k, delta_v, None, k_norm_weight, norm_eps,
+        rotary_cos, rotary_sin, rotary_interleaved, positions, cu_seqlens,
+    )  # fmt: skip
+    return reads, final_state, tape, k_prep, v_prep
 
 
 @without_autocast

@@ -1,0 +1,195 @@
+"""The memory's parameters beside one attention layer, and the tensors that the kernels take from them."""
+
+import math
+from operator import attrgetter
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deltamem_kernels.hf.config import DELTA_HEADS, DeltaMemConfig
+
+Tensor = torch.Tensor
+_version = attrgetter("_version")
+
+
+class Packed(NamedTuple):
+    """A layer's parameters as the kernels take them."""
+
+    projection: Tensor  # [3 H R + gates, hidden]: rows of mem_q, mem_k, mem_v, beta, and lam unless coupled
+    beta_bias: Tensor  # [H, R or 1] fp32
+    lam_bias: Tensor | None
+    deltas: dict[str, Tensor]  # "q", "k", "v", "o" -> [out_features, H R] with alpha / rank and scale in it
+    rms_weight: Tensor | None  # [hidden]
+
+
+class Projected(NamedTuple):
+    """What ``delta_scan`` takes for some tokens: raw projections and gate logits, ``[B, T, H, R or 1]``."""
+
+    mem_q: Tensor
+    mem_k: Tensor | None
+    mem_v: Tensor | None
+    beta: Tensor | None
+    lam: Tensor | None
+
+
+class LayerMemory(nn.Module):
+    """Parameters of one layer under their published names, ``[out, in]`` as of a linear layer without bias.
+
+    Args:
+        config: The adapter's options.
+        hidden_size: Width of the attention's input.
+        out_features: Width of the projections that the layer has: "q", "o", and "k", "v" where they are apart.
+        index: Position among the model's memories.
+    """
+
+    def __init__(self, config: DeltaMemConfig, hidden_size: int, out_features: dict[str, int], index: int, **factory):
+        super().__init__()
+        self.config, self.hidden_size, self.index = config, hidden_size, index
+        self.out_features = out_features
+        H, R = config.num_state_heads, config.rank
+        gates = H * R if config.rankwise_gates else H
+        shapes = {f"memory_{x}_proj": (H * R, hidden_size) for x in "qkv"}
+        shapes |= {f"delta_{x}_proj": (out_features[x], H * R) for x in DELTA_HEADS if x in out_features}
+        shapes |= {"beta_proj": (gates, hidden_size), "beta_bias": (gates,)}
+        if not config.couple_lambda:
+            shapes |= {"lambda_proj": (gates, hidden_size), "lambda_bias": (gates,)}
+        if config.delta_o_rmsnorm:
+            shapes["delta_o_rmsnorm_weight"] = (out_features["o"],)
+        if config.trainable_delta_scale:
+            shapes["delta_scale_raw"] = (len(DELTA_HEADS) if config.delta_scale_granularity == "head" else 1,)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
+            self.get_parameter(name).requires_grad_(self._trains(name))
+        self._packed_key, self._packed = None, None
+        self.path = "not run"  # how the last call went: "fused", or "generic" with its reason
+
+    def _trains(self, name: str) -> bool:
+        if name == "delta_o_rmsnorm_weight":
+            return "o" in self.config.delta_heads
+        if name in {f"delta_{x}_proj" for x in DELTA_HEADS}:
+            return name[6] in self.config.delta_heads
+        return True
+
+    @torch.no_grad()
+    def initialize(self, frozen_weights: dict[str, Tensor]) -> None:
+        """Starting values; ``frozen_weights``: the projections' own weights, for the ``base_slice`` inits."""
+        config = self.config
+        for name, parameter in self.named_parameters():
+            if name.startswith("memory_"):
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+            elif name == "beta_bias" or name == "lambda_bias":
+                parameter.fill_(config.beta_bias_init if name == "beta_bias" else -config.beta_bias_init)
+            elif name == "delta_o_rmsnorm_weight":
+                parameter.fill_(1)
+            elif name == "delta_scale_raw":
+                share = min(max(config.delta_scale_init / config.delta_scale_max, 1e-4), 1 - 1e-4)
+                parameter.fill_(math.log(share / (1 - share)))
+            else:
+                parameter.zero_()
+        for head in config.delta_heads:
+            delta = self.get_parameter(f"delta_{head}_proj")
+            if config.output_init == "random":
+                nn.init.kaiming_uniform_(delta, a=math.sqrt(5))
+                delta.mul_(config.online_gain)
+            elif config.output_init != "zero":
+                weight = frozen_weights[head]
+                width = min(config.rank, weight.shape[1])
+                if config.output_init == "base_slice_fixed":
+                    width = min(width, config.base_slice_ref_width)
+                columns = F.normalize(weight[:, :width].to(delta.device).float(), dim=0, eps=1e-6)
+                delta[:, :width].copy_(columns * config.online_gain)
+
+    def train(self, mode: bool = True):
+        # Parameters edited through .data carry no version; a switch of mode is where such edits end.
+        self.repack()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self.repack()  # another dtype or device
+        return super()._apply(*args, **kwargs)
+
+    def repack(self) -> None:
+        """Forget packed weights; the next inference call packs again."""
+        self._packed_key, self._packed = None, None
+
+    def packed(self, dtype: torch.dtype) -> Packed:
+        """The packed parameters for inputs of ``dtype``, with a graph under grad mode, else remembered.
+
+        The memory of them holds while no parameter changes: each one's identity and version counter are the key.
+        """
+        if torch.is_grad_enabled():
+            return self._pack(dtype, self.config.delta_heads)
+        if torch.compiler.is_compiling():
+            known = self._packed
+            if known is not None and known.projection.dtype == dtype:
+                return known
+            return self._pack(dtype, self.config.delta_heads)
+        parameters = self._parameters.values()
+        key = None
+        if not self.beta_bias.is_inference():  # such parameters count no versions
+            key = (dtype, *map(id, parameters), *map(_version, parameters))
+        if key is None or key != self._packed_key:
+            heads = [x for x in self.config.delta_heads if self.get_parameter(f"delta_{x}_proj").any()]
+            self._packed_key, self._packed = key, self._pack(dtype, heads)
+        return self._packed
+
+    def _pack(self, dtype, heads) -> Packed:
+        config = self.config
+        has_lam = not config.couple_lambda and config.state_update_mode != "no_lambda"
+        rows = [self.memory_q_proj, self.memory_k_proj, self.memory_v_proj, self.beta_proj]
+        if has_lam:
+            rows.append(self.lambda_proj)
+        deltas = {x: self.get_parameter(f"delta_{x}_proj") * self._scale(x) for x in heads}
+        H = config.num_state_heads
+        return Packed(
+            torch.cat(rows).to(dtype),
+            self.beta_bias.float().view(H, -1),
+            self.lambda_bias.float().view(H, -1) if has_lam else None,
+            deltas,
+            self.delta_o_rmsnorm_weight if config.delta_o_rmsnorm and "o" in deltas else None,
+        )
+
+    def _scale(self, head: str):
+        scale = self.config.alpha / self.config.rank
+        if not self.config.trainable_delta_scale:
+            return scale
+        raw = self.delta_scale_raw[DELTA_HEADS.index(head) if self.delta_scale_raw.numel() > 1 else 0]
+        return scale * self.config.delta_scale_max * torch.sigmoid(raw)
+
+    def project(self, packed: Packed, hidden: Tensor, write: bool) -> Projected:
+        """One skinny projection of the layer's input ``[B, T, hidden]``; without writes, of its queries alone."""
+        H, R = self.config.num_state_heads, self.config.rank
+        HR, G = H * R, packed.beta_bias.shape[1]
+        B, T, _ = hidden.shape
+        if not write:
+            return Projected(F.linear(hidden, packed.projection[:HR]).view(B, T, H, R), None, None, None, None)
+        x = F.linear(hidden, packed.projection)
+        if G == R:
+            parts = x.view(B, T, -1, H, R).unbind(2)
+            return Projected(*parts) if len(parts) == 5 else Projected(*parts, None)
+        mem_q, mem_k, mem_v = x[..., : 3 * HR].view(B, T, 3, H, R).unbind(2)
+        gates = x[..., 3 * HR :].view(B, T, -1, H, G).unbind(2)
+        return Projected(mem_q, mem_k, mem_v, gates[0], gates[1] if len(gates) == 2 else None)
+
+    def scan_arguments(self, packed: Packed, projected: Projected) -> dict:
+        """Keyword arguments of ``delta_scan`` and of the fused functions."""
+        write = projected.beta is not None
+        return {
+            **projected._asdict(),
+            "update_rule": self.config.state_update_mode,
+            "write": write,
+            "use_qk_activation_in_kernel": self.config.normalize_qk,
+            "use_gate_in_kernel": True,
+            "beta_bias": packed.beta_bias if write else None,
+            "lam_bias": packed.lam_bias if write else None,
+        }
+
+    def zero_state(self, batch_size: int, device: torch.device) -> Tensor:
+        H, R = self.config.num_state_heads, self.config.rank
+        return torch.zeros(batch_size, H, R, R, dtype=torch.float32, device=device)
+
+    def extra_repr(self) -> str:
+        config = self.config
+        return f"rank={config.rank}, state_heads={config.num_state_heads}, heads={''.join(config.delta_heads)}"
