@@ -1,6 +1,8 @@
 """delta_scan, forward and forward with backward, against a loop over tokens in eager torch.
 
-GB/s counts mem_q, mem_k, mem_v, beta and reads once each, and in the backward their gradients once each.
+On a GPU everything but that loop is replayed from CUDA graphs, and the forward also has the plain Triton scan beside
+it, one program per row of a state. GB/s counts mem_q, mem_k, mem_v, beta and reads once each, and in the backward
+their gradients once each.
 """
 
 from functools import partial
@@ -12,7 +14,9 @@ import torch
 from deltamem_kernels import delta_scan
 
 SHAPES = [(1, 8192, 1, 8), (1, 8192, 4, 8), (8, 1024, 1, 8), (1, 8192, 1, 16), (1, 8192, 1, 32)]  # B, T, H, R
+LONG_SHAPES = [(1, 131072, 1, 8)]  # on a GPU
 LOOP_TOKENS = 1024  # the loop over tokens is timed over the first ones only
+LOOP_CHECKED = 8192  # and checks no more of them than these
 COLUMNS = {
     "op": -18,
     "B": 2,
@@ -23,6 +27,7 @@ COLUMNS = {
     "GB/s": 6,
     "of bandwidth": 12,
     "vs torch loop": 13,
+    "vs serial": 9,
     "vs own forward": 14,
 }
 
@@ -43,20 +48,48 @@ def gradients(scan, inputs, dreads):
     return torch.autograd.grad(scan(*inputs)[0], inputs, dreads)
 
 
+def serial_on(device):
+    """The plain Triton scan, where it runs."""
+    if device.type != "cuda":
+        return None
+    from serial_scan import serial_scan
+
+    return serial_scan
+
+
 def check(shape, dtype, device, kernel) -> None:
-    """Gate reads, final state and gradients against the loop over tokens in fp64."""
+    """Gate reads, final state and gradients against the loop over tokens in fp64; of what is longer than LOOP_CHECKED,
+    its first tokens, and all reads and the final state against the plain Triton scan, gated by the same loop."""
     inputs = random_inputs(shape, dtype, device)
     dreads = torch.randn(shape, device=device)
-    truth = [x.double() for x in inputs]
-    names = ["reads", "final_state", "dmem_q", "dmem_k", "dmem_v", "dbeta"]
+    dreads[:, LOOP_CHECKED:] = 0  # their gradients would reach the first tokens
+    few, few_dreads = [x[:, :LOOP_CHECKED] for x in inputs], dreads[:, :LOOP_CHECKED]
+    names = ["reads", "dmem_q", "dmem_k", "dmem_v", "dbeta"]
 
     def everything(scan, inputs, dreads):
-        return [*scan(*inputs), *gradients(scan, leaves(inputs), dreads)]
+        return [scan(*inputs)[0], *gradients(scan, leaves(inputs), dreads)]
 
-    loops = everything(lambda *x: eager.scan_loop(*(t.float() for t in x)), inputs, dreads)
-    wants = everything(eager.scan_loop, truth, dreads.double())
-    for name, got, loop, want in zip(names, everything(kernel, inputs, dreads), loops, wants, strict=True):
-        timing.gate(f"delta_scan {shape} {name}", got, want, timing.budget(loop, want, got.dtype))
+    def loop(*inputs):
+        return eager.scan_loop(*(x.float() for x in inputs))
+
+    truth = [x.double() for x in few]
+    gots = [x[:, :LOOP_CHECKED] for x in everything(kernel, inputs, dreads)]
+    loops = everything(loop, few, few_dreads)
+    wants = everything(eager.scan_loop, truth, few_dreads.double())
+    for name, got, plain, want in zip(names, gots, loops, wants, strict=True):
+        timing.gate(f"delta_scan {shape} {name}", got, want, timing.budget(plain, want, got.dtype))
+
+    serial = serial_on(device)
+    scans = {"delta_scan": kernel} | ({"serial_scan": serial} if serial else {})
+    plain, want = loop(*few)[1], eager.scan_loop(*truth)[1]
+    for name, scan in scans.items():
+        got = scan(*few)
+        timing.gate(f"{name} {shape} final_state", got[1], want, timing.budget(plain, want, got[1].dtype))
+        timing.gate(f"{name} {shape} reads", got[0], wants[0], timing.budget(loops[0], wants[0], got[0].dtype))
+    if shape[1] > LOOP_CHECKED and serial:
+        for name, got, want in zip(("reads", "final_state"), kernel(*inputs), serial(*inputs), strict=True):
+            allowed = 16 * torch.finfo(torch.float32).eps * want.abs().max()
+            timing.gate(f"delta_scan {shape} {name} against serial_scan", got, want, allowed)
 
 
 def history_ratio(kernel, tokens, rank, dtype, device) -> dict | None:
@@ -85,12 +118,14 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
     with torch.no_grad():
         loop = timing.measure({"forward": [partial(eager.scan_loop, *few)]}, device, seconds, graph=False)
         kernels = {"ceiling": [ceiling.call], "forward": [partial(kernel, *x) for x in inputs]}
+        if serial := serial_on(device):
+            kernels["serial"] = [partial(serial, *inputs[0])]  # its chain of tokens outlasts any cache miss
         forward = timing.measure(kernels, device, seconds)
     loop |= timing.measure(
         {"backward": [partial(gradients, eager.scan_loop, leaves(few), loop_dreads)]}, device, seconds, graph=False
     )
     backward = [partial(gradients, kernel, leaves(x), dreads) for x in inputs]
-    own = timing.measure({"forward": kernels["forward"], "backward": backward}, device, seconds, graph=False)
+    own = timing.measure({"forward": kernels["forward"], "backward": backward}, device, seconds)
     loop_us = {name: timed.median * 1e6 / few[0].shape[1] for name, timed in loop.items()}  # per token
     rows = []
     cases = (
@@ -114,6 +149,7 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
                 "share_of_bandwidth": rate / ceiling.rate(forward["ceiling"]),
                 "speedup_over_torch_loop": torch_loop_us * shape[1] / (timed.median * 1e6),
                 "torch_loop_us_per_token": torch_loop_us,
+                "speedup_over_serial": forward["serial"].median / timed.median if serial and passes == 1 else None,
                 "times_own_forward": timed.median / own["forward"].median if passes > 1 else None,
             }
         )
@@ -122,11 +158,14 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
 
 def main() -> None:
     options = timing.parser(__doc__, "fp32")
-    options.add_argument("--shapes", nargs="+", help="B/T/H/R such as 1/8192/1/8; default: a set of five")
+    options.add_argument(
+        "--shapes", nargs="+", help="B/T/H/R such as 1/8192/1/8; default: a set of five, on a GPU of six"
+    )
     options.add_argument("--memory-tokens", type=int, default=1 << 18, help="length of the memory measurement")
     options = options.parse_args()
-    shapes = [tuple(map(int, text.split("/"))) for text in options.shapes or []] or SHAPES
     device, dtype = timing.pick_device(options.device), timing.DTYPES[options.dtype]
+    default = SHAPES + (LONG_SHAPES if device.type == "cuda" else [])
+    shapes = [tuple(map(int, text.split("/"))) for text in options.shapes or []] or default
     env = timing.environment(device, options.dtype)
     timing.print_header("delta_scan: reads and final state of a sequence", env)
 
@@ -140,13 +179,14 @@ def main() -> None:
         for shape in bar:
             measured = run_shape(shape, dtype, device, kernel, ceiling, options.seconds)
             for row in measured:
-                own = row["times_own_forward"]
+                own, plain = row["times_own_forward"], row["speedup_over_serial"]
                 table.row(
                     *(row[key] for key in ("op", "B", "T", "H", "R")),
                     timing.microseconds(row["us"] * 1e-6),
                     f"{row['bytes_per_s'] / 1e9:.1f}",
                     timing.percent(row["share_of_bandwidth"]),
                     f"{row['speedup_over_torch_loop']:,.0f}x",
+                    f"{plain:,.0f}x" if plain else "",
                     f"{own:.2f}x" if own else "",
                 )
             rows += measured

@@ -1,5 +1,7 @@
 """delta_scan on Triton, at sizes that the interpreter finishes; the cases beyond are test_delta_scan.py's."""
 
+import os
+
 import pytest
 import torch
 from kernel_checks import call, same_bits
@@ -7,7 +9,9 @@ from scan_inputs import BF16, FP16, FP32, INPUTS, RULES, bwd_args, check_scan, i
 from test_delta_scan_state_pool import check_pool, pool_args, run
 
 NAN = float("nan")
-KERNELS = ("segment_maps_kernel", "compose_maps_kernel", "replay_kernel", "reverse_kernel", "copy_states_kernel")
+MAPS = ("segment_maps_kernel", "compose_maps_kernel")
+ACTIVATION = ("activate_kernel", "activation_gradient_kernel")
+KERNELS = (*MAPS, *ACTIVATION, "replay_kernel", "reverse_kernel", "copy_states_kernel")
 
 
 @pytest.fixture(autouse=True)
@@ -15,7 +19,8 @@ def wide_programs(monkeypatch):
     """The interpreter's time goes by programs and tokens, whatever the lanes."""
     from deltamem_kernels.triton_ops import scan_plan
 
-    monkeypatch.setattr(scan_plan, "WARP", 128)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(scan_plan, "WARP", 128)
 
 
 @pytest.fixture
@@ -27,6 +32,10 @@ def segmented(monkeypatch, launched):
     monkeypatch.setattr(scan_plan, "SUPERGROUP", 2)
     monkeypatch.setattr(scan_plan, "SEQUENTIAL_SEGMENTS", 1)
     monkeypatch.setattr(scan_plan, "FULL_LANES", 1 << 30)
+    monkeypatch.setattr(scan_plan, "PACKED_TOKENS", 0)
+    for RP in scan_plan.AHEAD:  # what a segment of three tokens can use
+        monkeypatch.setitem(scan_plan.AHEAD, RP, (2, 2, 2))
+    monkeypatch.setitem(scan_plan.MAP_VECTORS, 4, (3, 5))
     return launched
 
 
@@ -58,6 +67,7 @@ WHOLE = {
     "tape": {"T": 13, "segment_len": 4, "free": True, "R": 4},
     "odd_tape": {"T": 7, "segment_len": 3, "R": 4, "B": 1},
     "checkpoints": {"T": 37, "R": 2, "H": 1, "free": True},
+    "raw": {"T": 18, "raw": True, "free": True, "B": 1, "R": 4},
     "rank_1": {"R": 1, "H": 3, "T": 6},
     "rank_5": {"R": 5, "T": 6, "raw": True, "free": True},
     "rank_16": {"R": 16, "B": 1, "H": 1, "T": 4, "raw": True},
@@ -72,8 +82,12 @@ WHOLE = {
 
 @pytest.mark.parametrize("case", WHOLE)
 def test_whole_sequences(case, launched):
-    check_scan("triton", scan_args(**WHOLE[case]))
-    assert not {"segment_maps_kernel", "compose_maps_kernel"} & set(launched)
+    args = scan_args(**WHOLE[case])
+    check_scan("triton", args)
+    before, after = ([name] if args["use_qk_activation_in_kernel"] else [] for name in ACTIVATION)
+    short = args["mem_q"].shape[1] <= 16  # activated by the replay itself
+    forward = ([] if short else before) + ["replay_kernel"]
+    assert launched == [*forward, *before, "reverse_kernel", *after] or case == "no_tokens"
 
 
 @pytest.mark.parametrize("empty", ({"B": 0}, {"packed": (0,), "T": 3}), ids=("no_rows", "no_sequences"))
@@ -95,7 +109,6 @@ SEGMENTED = {
     "raw": {"raw": True, "free": True, "mask": 0.3, "H": 1},
     "raw_shared_gates": {"raw": True, "gate": 1, "R": 3},
     "rank_1": {"R": 1},
-    "rank_8": {"R": 8, "H": 1, "dtypes": (BF16,)},
     "rank_16": {"R": 16, "H": 1, "gate": 1, "T": 5, "segment_len": 1},
     "packed": {"packed": (0, 2, 2, 16, 22), "mask": 0.2},
     "packed_shared_gates": {"packed": (0, 20), "gate": 1, "state": False},
@@ -105,14 +118,21 @@ SEGMENTED = {
 
 @pytest.mark.parametrize("case", SEGMENTED)
 def test_segments(case, segmented):
-    check_scan("triton", scan_args(**SMALL | SEGMENTED[case]))
-    levels = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
-    assert segmented == [*levels, "replay_kernel", *levels, "reverse_kernel"]
+    args = scan_args(**SMALL | SEGMENTED[case])
+    check_scan("triton", args)
+    before, after = ([name] if args["use_qk_activation_in_kernel"] else [] for name in ACTIVATION)
+    levels = [*before, "segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
+    assert segmented == [*levels, "replay_kernel", *levels, "reverse_kernel", *after]
 
 
-def test_rank_16_row_gates(segmented):
-    check_scan("triton", scan_args(B=1, H=1, R=16, T=5, segment_len=1))
-    assert segmented.count("compose_maps_kernel") == 4
+@pytest.mark.parametrize("R, T, vectors, composed", ((8, 3, 3, 2), (16, 2, 6, 0)))
+def test_larger_maps(R, T, vectors, composed, segmented, monkeypatch):
+    """On fewer levels: the others are as for smaller ones. A map of rank 16 is too large to be fetched ahead."""
+    from deltamem_kernels.triton_ops import scan_plan
+
+    monkeypatch.setitem(scan_plan.MAP_VECTORS, R, (vectors, vectors))
+    check_scan("triton", scan_args(B=1, H=1, R=R, T=T, segment_len=1, dtypes=(BF16,)))
+    assert segmented.count("segment_maps_kernel") == 2 and segmented.count("compose_maps_kernel") == composed
 
 
 def test_several_vectors_a_lane_and_joined_segments(segmented, monkeypatch):
@@ -121,6 +141,7 @@ def test_several_vectors_a_lane_and_joined_segments(segmented, monkeypatch):
     monkeypatch.setattr(scan_build, "FEW_LANES", 0)
     monkeypatch.setattr(scan_plan, "REVERSE_LANES", 16)
     monkeypatch.setattr(scan_plan, "WARP", 32)
+    monkeypatch.setitem(scan_plan.AHEAD, 4, (8, 8, 8))
     check_scan("triton", scan_args(**SMALL | {"T": 19}))
     assert segmented.count("segment_maps_kernel") == 2
 
@@ -138,7 +159,9 @@ def test_read_only(segment_len):
 
 @pytest.mark.parametrize("cotangent", ("dreads", "dfinal_state"))
 def test_absent_cotangents(cotangent, segmented):
-    check_scan("triton", scan_args(**SMALL | {"T": 10, "segment_len": 2}, free=True), **{cotangent: False})
+    """Without dreads the state's gradient is nothing but dfinal_state through the 8 segments' maps, in fp32 each."""
+    roundings = 8 if cotangent == "dreads" else 1
+    check_scan("triton", scan_args(**SMALL, free=True), roundings, **{cotangent: False})
 
 
 def test_unused_tokens_are_not_read(segmented):

@@ -40,8 +40,25 @@ def columns(x):
         first, second = tl.split(x)
         return (first, second)
     else:
-        first, second = tl.split(tl.permute(tl.reshape(x, [LANES, 2, W // 2]), (0, 2, 1)))
-        return columns(first) + columns(second)
+        even, odd = tl.split(tl.reshape(x, [LANES, W // 2, 2]))
+        even, odd = columns(even), columns(odd)
+        found = ()
+        for c in tl.static_range(W // 2):
+            found = found + (even[c], odd[c])
+        return found
+
+
+@triton.jit
+def stack(x):
+    """W tensors [LANES], W a power of two -> [LANES, W], held by the thread that held its row's columns."""
+    LANES: tl.constexpr = x[0].shape[0]
+    W: tl.constexpr = len(x)
+    if W == 1:
+        return tl.reshape(x[0], [LANES, 1])
+    elif W == 2:
+        return tl.join(x[0], x[1])
+    else:
+        return tl.reshape(tl.join(stack(x[0::2]), stack(x[1::2])), [LANES, W])
 
 
 @triton.jit
@@ -62,9 +79,14 @@ def load_columns(pointer, offset, live, first, R: tl.constexpr, C: tl.constexpr,
 
 
 @triton.jit
-def store_columns(pointer, offset, live, first, x, R: tl.constexpr):
-    for c in tl.static_range(len(x)):
-        tl.store(pointer + offset + c, x[c], mask=live & (first + c < R))
+def store_columns(pointer, offset, live, first, x, R: tl.constexpr, W: tl.constexpr = 1):
+    """Channels x to pointer + offset [LANES], in stores of W; nothing from channel R on. W as in load_columns."""
+    for c in tl.static_range(0, len(x), W):
+        if W == 1:
+            tl.store(pointer + offset + c, x[c], mask=live & (first + c < R))
+        else:
+            tile = offset[:, None] + (c + tl.arange(0, W))[None, :]
+            tl.store(pointer + tile, stack(x[c : c + W]), mask=live[:, None])
 
 
 @triton.jit

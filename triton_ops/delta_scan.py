@@ -12,38 +12,46 @@ import torch
 from deltamem_kernels.ops import SEGMENT_LEN, tape_shape
 
 from .delta_scan_bwd import delta_scan_bwd
-from .lowering import launches
-from .scan_build import build_maps, gate_flags
-from .scan_plan import AHEAD, Plan, given, plan, width
+from .lowering import launches, unique
+from .scan_build import activated, build_maps, gate_flags
+from .scan_plan import AHEAD, SHORT, Plan, given, plan, width
 from .scan_replay import copy_states_kernel, replay_kernel
 
 __all__ = ["delta_scan_bwd", "delta_scan_fwd", "delta_scan_with_state_pool"]
 
 
 def _replay(
-    cut: Plan, tokens, biases, token_mask, cu_seqlens, flags, write, start, start_slots, has_initial, copied,
-    final, final_slots, tape, tape_len, reads,
+    cut: Plan, tokens, biases, token_mask, cu_seqlens, flags, activation, write, start, start_slots, has_initial,
+    copied, final, final_slots, tape, tape_len, reads,
 ):  # fmt: skip
     mem_q, mem_k, mem_v, beta, lam = tokens
+    if not write:
+        mem_k = mem_v = beta = lam = None
     B, T, H, R = mem_q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     CW = cut.RP // cut.NB
+    longest = T if cu_seqlens is None else -(-T // max(N, 1))  # packed: the mean, all that the host knows
+    short = longest <= SHORT and not cut.levels
+    if activation and not short:
+        mem_q, mem_k = activated(mem_q, mem_k)
+        activation = False
     maps = map_biases = None
     if cut.levels:
         maps, map_biases = build_maps(cut, None, mem_v, mem_k, beta, lam, *biases, token_mask, cu_seqlens, flags, False)
-    ahead = 1 if T == 1 else AHEAD[cut.RP][1]
+    ahead = 1 if longest == 1 else AHEAD[cut.RP][2]
     while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
         ahead //= 2
     per_token = final_slots is not None and final_slots.dim() == 2
     replay_kernel[(cut.blocks(cut.slots[0], H),)](
-        given(mem_q), *map(given, (mem_k, mem_v, beta, lam) if write else (None,) * 4), *map(given, biases),
+        *map(given, (mem_q, mem_k, mem_v, beta, lam, *biases)),
         given(token_mask), cu_seqlens, given(start), start_slots, has_initial, maps, map_biases,
         given(final), given(final_slots), tape, given(reads),
         T, N, H, cut.L, cut.slots[0], cut.second, cut.third,
-        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, WRITE=write, PER_TOKEN=per_token,
-        COPIED=copied, TAPE=tape_len, ONE=T == 1, LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup,
-        LANES=cut.LANES, U=ahead, WQ=width(mem_q, R, CW), WK=width(mem_k, R, CW), WS=width(start, R, min(CW, 4)),
-        WM=min(cut.RP, 4), num_warps=cut.num_warps, num_stages=1,
+        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, ACT=activation, WRITE=write,
+        PER_TOKEN=per_token, COPIED=copied, TAPE=tape_len, SHORT=short, LEVELS=cut.levels, G1=cut.group,
+        G2=cut.supergroup, LANES=cut.LANES, U=ahead, WQ=width(mem_q, R, CW), WK=width(mem_k, R, CW),
+        WS=width(start, R, CW), WF=width(final, R, CW), WT=width(tape, R, CW), WM=min(cut.RP, 4),
+        num_warps=cut.num_warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -57,12 +65,12 @@ def delta_scan_fwd(
     final_state = mem_q.new_empty((N, H, R, R), dtype=torch.float32)
     tape = mem_q.new_empty(tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,), dtype=torch.float32)
     cut = plan(mem_q, beta, lam, cu_seqlens, update_rule, write, segment_len)
-    flags = gate_flags(beta, lam, update_rule, use_qk_activation_in_kernel, use_gate_in_kernel)
+    flags = gate_flags(beta, lam, update_rule, use_gate_in_kernel)
     if cut.slots[0]:
         _replay(
-            cut, (mem_q, mem_k, mem_v, beta, lam), (beta_bias, lam_bias), token_mask, cu_seqlens, flags, write,
-            initial_state, None, None, False, final_state, None, tape if save_tape else None,
-            (segment_len or SEGMENT_LEN) if save_tape else 0, reads,
+            cut, (mem_q, mem_k, mem_v, beta, lam), (beta_bias, lam_bias), token_mask, cu_seqlens, flags,
+            use_qk_activation_in_kernel, write, initial_state, None, None, False, final_state, None,
+            tape if save_tape else None, (segment_len or SEGMENT_LEN) if save_tape else 0, reads,
         )  # fmt: skip
     return reads, final_state, tape
 
@@ -77,7 +85,7 @@ def delta_scan_with_state_pool(
     cut = plan(mem_q, beta, lam, cu_seqlens, update_rule, write, 0, whole=per_token)
     if not cut.slots[0]:
         return
-    flags = gate_flags(beta, lam, update_rule, use_qk_activation_in_kernel, use_gate_in_kernel)
+    flags = gate_flags(beta, lam, update_rule, use_gate_in_kernel)
     start, copied = state_pool, cut.L <= T and write
     if copied and N:  # the last segment stores where the first one, elsewhere on the machine, may not yet have read
         start = state_pool.new_empty((N, H, R, R))
@@ -86,9 +94,9 @@ def delta_scan_with_state_pool(
             num_warps=4,
         )  # fmt: skip
     _replay(
-        cut, (mem_q, mem_k, mem_v, beta, lam), (beta_bias, lam_bias), token_mask, cu_seqlens, flags, write,
-        start, state_indices, None if copied else has_initial_state, copied, state_pool, output_state_indices,
-        None, 0, reads,
+        cut, (mem_q, mem_k, mem_v, beta, lam), (beta_bias, lam_bias), token_mask, cu_seqlens, flags,
+        use_qk_activation_in_kernel, write, start, state_indices, None if copied else has_initial_state, copied,
+        state_pool, output_state_indices, None, 0, reads,
     )  # fmt: skip
 
 
@@ -102,33 +110,51 @@ def lowerings():
         q, k, v = (meta(B, T, H, R, dtype=dtype) for _ in range(3))
         return q, k, v, meta(B, T, H, gate, dtype=dtype), meta(B, T, H, gate, dtype=dtype) if free else None
 
-    half, full = torch.bfloat16, torch.float32
-    for B, T, H, R, dtype, gate, free, raw, rule in (
-        (1, 8192, 1, 8, half, 8, False, False, "standard"),
-        (1, 131072, 1, 8, half, 8, False, True, "standard"),
-        (1, 8192, 4, 8, full, 8, True, True, "lambda_outside"),
-        (1, 8192, 1, 8, half, 1, False, False, "standard"),
-        (1, 8192, 1, 4, half, 4, False, False, "no_lambda"),
-        (1, 8192, 1, 16, half, 16, False, False, "standard"),
-        (1, 8192, 1, 16, full, 1, True, True, "standard"),
-        (1, 8192, 1, 32, half, 32, False, False, "standard"),
-        (1, 8192, 1, 64, half, 64, False, True, "standard"),
-    ):
-        memory = tokens(B, T, H, R, dtype, gate, free)
-        biases = (meta(H, gate) if raw else None, meta(H, gate) if raw and free else None)
-        options = (None, None, None, *biases, rule, True, raw, raw, 0)
-        name = f"T={T} H={H} R={R} gate={gate}{' raw' if raw else ''}{' free' if free else ''} {rule}"
-        yield from launches(name, delta_scan_fwd, *memory, *options, True)
-        tape = meta(*tape_shape(memory[0], None, 0))
-        yield from launches(name, delta_scan_bwd, meta(B, T, H, R), None, *memory, *options, tape)
-    for T, R in ((1, 8), (1, 16), (4, 8), (8192, 8)):
-        memory = tokens(1 if T > 4 else 64, T, 1, R, half, R, False)
-        pool, slots = meta(128, 1, R, R), meta(memory[0].shape[0], dtype=torch.int32)
-        name, reads = f"pool T={T} R={R} raw", meta(*memory[0].shape)
-        options = (None, None, meta(1, R), None, "standard", True, True, True, reads)
-        yield from launches(name, delta_scan_with_state_pool, *memory, pool, slots, None, None, *options)
-    packed, cu_seqlens = tokens(1, 32768, 1, 8, half, 8, False), meta(9, dtype=torch.int32)
-    options = (None, None, cu_seqlens, None, None, "standard", True, False, False, 0)
-    yield from launches("packed T=32768 R=8", delta_scan_fwd, *packed, *options, True)
-    tape = meta(*tape_shape(packed[0], cu_seqlens, 0))
-    yield from launches("packed T=32768 R=8", delta_scan_bwd, meta(1, 32768, 1, 8), None, *packed, *options, tape)
+    def found():
+        half, full = torch.bfloat16, torch.float32
+        # fp32, free gates, lambda_outside and a mask hold most registers, several heads and packed rows most addresses
+        for B, T, H, R, dtype, gate, free, raw, rule, N in (
+            (1, 8192, 1, 8, half, 8, False, False, "standard", 0),
+            (1, 131072, 1, 8, half, 8, False, True, "standard", 0),
+            (1, 8192, 4, 8, full, 8, True, True, "lambda_outside", 0),
+            (1, 32768, 4, 8, full, 8, True, True, "lambda_outside", 8),
+            (1, 8192, 4, 8, full, 1, True, True, "lambda_outside", 8),
+            (1024, 2048, 1, 8, half, 8, False, True, "standard", 0),
+            (1, 131072, 1, 4, full, 4, False, True, "no_lambda", 0),
+            (1, 8192, 1, 16, half, 16, False, False, "standard", 0),
+            (1, 8192, 4, 16, full, 16, True, True, "lambda_outside", 8),
+            (1, 8192, 1, 16, full, 1, True, False, "standard", 0),
+            (1, 8192, 1, 32, half, 32, False, False, "standard", 0),
+            (1, 8192, 4, 32, full, 32, True, True, "lambda_outside", 8),
+            (1, 8192, 1, 64, half, 64, False, False, "standard", 0),
+            (1, 8192, 4, 64, full, 64, True, True, "lambda_outside", 8),
+        ):
+            memory = tokens(B, T, H, R, dtype, gate, free)
+            start, mask = meta(N or B, H, R, R), meta(B, T, dtype=torch.bool) if free else None
+            cu_seqlens = meta(N + 1, dtype=torch.int32) if N else None
+            biases = (meta(H, gate) if raw else None, meta(H, gate) if raw and free else None)
+            options = (start, mask, cu_seqlens, *biases, rule, True, raw, raw, 0)
+            words = (f"{B}x{T} H={H} R={R} gate={gate}", raw and "raw", free and "free", N and "packed", rule)
+            name = " ".join(filter(None, words))
+            yield from launches(name, delta_scan_fwd, *memory, *options, True)
+            tape = meta(*tape_shape(memory[0], cu_seqlens, 0))
+            yield from launches(name, delta_scan_bwd, meta(B, T, H, R), start, *memory, *options, tape)
+        for B, T, R, dtype, N, snapshots in (
+            *((64, 1, R, half, 0, False) for R in (4, 8, 16, 32, 64)),
+            (64, 1, 8, full, 0, False),
+            (1, 256, 8, half, 256, False),
+            (64, 4, 8, half, 0, True),
+            (64, 16, 8, full, 0, False),
+            (64, 16, 16, full, 0, False),
+            (64, 16, 64, half, 0, False),
+            (1, 8192, 8, half, 0, False),
+        ):
+            memory = tokens(B, T, 1, R, dtype, R, False)
+            pool, slots, reads = meta(512, 1, R, R), meta(N or B, dtype=torch.int32), meta(B, T, 1, R)
+            after = meta(B, T, dtype=torch.int32) if snapshots else None
+            cu_seqlens = meta(N + 1, dtype=torch.int32) if N else None
+            options = (None, cu_seqlens, meta(1, R), None, "standard", True, True, True, reads)
+            name = " ".join(filter(None, (f"pool {B}x{T} R={R} raw", N and "packed", snapshots and "snapshots")))
+            yield from launches(name, delta_scan_with_state_pool, *memory, pool, slots, after, None, *options)
+
+    yield from unique(found())

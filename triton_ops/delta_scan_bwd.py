@@ -10,8 +10,9 @@ import torch
 
 from deltamem_kernels.ops import SEGMENT_LEN
 
-from .scan_build import build_maps, gate_flags
-from .scan_plan import CHECKPOINT, given, plan, width
+from .scan_activation import activation_gradient_kernel
+from .scan_build import activated, build_maps, gate_flags
+from .scan_plan import BLOCKS, WARP, given, plan, width
 from .scan_reverse import reverse_kernel, sum_bias_kernel, sum_states_kernel
 
 
@@ -31,7 +32,7 @@ def delta_scan_bwd(
         None if x is None else grad for x, grad in zip(inputs, grads, strict=True)
     )
     cut = plan(mem_q, beta, lam, cu_seqlens, update_rule, write, segment_len, reverse=True)
-    flags = gate_flags(beta, lam, update_rule, use_qk_activation_in_kernel, use_gate_in_kernel)
+    flags = gate_flags(beta, lam, update_rule, use_gate_in_kernel)
     RP, CW = cut.RP, cut.RP // cut.NB
     slots, programs = cut.slots[0], cut.blocks(cut.slots[0], H)
     tape_len = segment_len or SEGMENT_LEN
@@ -39,26 +40,38 @@ def delta_scan_bwd(
     def scratch(*shape):
         return mem_q.new_empty(shape, dtype=torch.float32)
 
+    zq, zk, dzq, dzk = mem_q, mem_k if write else None, dq, dk
+    if use_qk_activation_in_kernel:
+        zq, zk = activated(zq, zk)
+        dzq, dzk = (None if x is None else scratch(*x.shape) for x in (dq, dk))
     beta_share, lam_share = (None if x is None else scratch(slots, H, RP) for x in (dbeta_bias, dlam_bias))
     if programs:
         maps = biases = None
         if cut.levels:
             maps, biases = build_maps(
-                cut, mem_q, dreads, mem_k, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, flags, True
+                cut, zq, dreads, zk, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, flags, True
             )
         elif not write:
             biases = scratch(slots, H, RP, RP)
-        block, distance = CHECKPOINT[RP]
-        checkpoints = scratch(-(-min(tape_len, T) // distance), programs * cut.LANES, CW)
-        memory = (mem_k, mem_v, beta, lam) if write else (None,) * 4
+        forward, block = BLOCKS[RP]
+        checkpoints = scratch(-(-min(tape_len, T) // block), programs * cut.LANES, CW)
+        memory = (zk, mem_v, beta, lam) if write else (None,) * 4
         reverse_kernel[(programs,)](
-            given(dreads), given(dfinal_state), given(mem_q), *map(given, memory), given(beta_bias), given(lam_bias),
+            given(dreads), given(dfinal_state), given(zq), *map(given, memory), given(beta_bias), given(lam_bias),
             given(token_mask), cu_seqlens, given(initial_state), tape, maps, biases, checkpoints,
-            *map(given, (dq, dk, dv, dbeta, dlam, dstart)), beta_share, lam_share,
+            dzq, dzk, dv, dbeta, dlam, given(dstart), beta_share, lam_share,
             T, N, H, cut.L, slots, cut.second, cut.third,
             R=R, RP=RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, WRITE=write, TAPE=tape_len,
-            CHECKPOINT=distance, LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup, LANES=cut.LANES, U=block,
-            WQ=width(mem_q, R, CW), WK=width(mem_k, R, CW), WM=min(CW, 4), num_warps=cut.num_warps, num_stages=1,
+            LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup, LANES=cut.LANES, F=forward, U=block,
+            WQ=width(zq, R, CW), WK=width(zk, R, CW), WS=width(initial_state, R, CW), WF=width(dfinal_state, R, CW),
+            WT=width(tape, R, CW), WM=min(CW, 4), num_warps=cut.num_warps, num_stages=1,
+        )  # fmt: skip
+    if use_qk_activation_in_kernel and mem_q.numel():
+        total = B * T * H
+        activation_gradient_kernel[(-(-total // WARP),)](
+            given(mem_q), given(mem_k), dzq, dzk, dq, dk, given(token_mask), cu_seqlens, T, N, H, total,
+            R=R, RP=RP, LANES=WARP, WQ=width(mem_q, R, RP), WK=width(mem_k, R, RP), WZ=width(dzq, R, RP),
+            WDQ=width(dq, R, RP), WDK=width(dk, R, RP), num_warps=1, num_stages=1,
         )  # fmt: skip
     if not write and dstart is not None and N:
         sum_states_kernel[(-(-N * H * R * R // 128),)](

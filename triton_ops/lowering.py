@@ -60,3 +60,13 @@ def launches(name, launcher, *args):
         kinds = (kind[0] if isinstance(kind, tuple) else kind for kind in signature.values())
         dtype = next(kind[1:] for kind in kinds if kind.startswith("*"))
         yield f"{kernel.__name__} {dtype} {name}", kernel, signature, constexprs, options
+
+
+def unique(lowerings):
+    """The first of each kind of launch."""
+    seen = set()
+    for name, *launch in lowerings:
+        kind = repr(launch)
+        if kind not in seen:
+            seen.add(kind)
+            yield name, *launch

@@ -1,21 +1,35 @@
-"""Launches that the scan's forward and backward share: the maps of segments and of their groups."""
+"""Launches that the scan's forward and backward share: activations, the maps of segments and of their groups."""
 
 import torch
+import triton
 
+from .scan_activation import activate_kernel
 from .scan_maps import compose_maps_kernel, segment_maps_kernel
-from .scan_plan import AHEAD, FEW_LANES, MAP_VECTORS, Plan, given, width
+from .scan_plan import AHEAD, FEW_LANES, MAP_VECTORS, WARP, Plan, given, width
 
 
-def gate_flags(beta, lam, update_rule, activation, gated) -> dict:
+def gate_flags(beta, lam, update_rule, gated) -> dict:
     """The compile-time arguments that every scan kernel takes."""
     return {
         "SHARED": beta is not None and beta.shape[-1] == 1,
         "LAM_SHARED": lam is not None and lam.shape[-1] == 1,
         "RULE": update_rule,
         "COUPLED": lam is None,
-        "ACT": activation,
         "GATE": gated,
     }
+
+
+def activated(mem_q, mem_k):
+    """q and k in use, fp32 and contiguous."""
+    B, T, H, R = mem_q.shape
+    zq, zk = (None if x is None else x.new_empty(x.shape, dtype=torch.float32) for x in (mem_q, mem_k))
+    RP, total = triton.next_power_of_2(R), B * T * H
+    if total:
+        activate_kernel[(triton.cdiv(total, WARP),)](
+            given(mem_q), given(mem_k), zq, zk, T, H, total, R=R, RP=RP, LANES=WARP,
+            WQ=width(mem_q, R, RP), WK=width(mem_k, R, RP), WZ=width(zq, R, RP), num_warps=1, num_stages=1,
+        )  # fmt: skip
+    return zq, zk
 
 
 def build_maps(cut: Plan, x, put, mem_k, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, flags, reverse):
@@ -29,12 +43,13 @@ def build_maps(cut: Plan, x, put, mem_k, beta, lam, beta_bias, lam_bias, token_m
     vectors = 2 if cut.map_shared else few if cut.slots[0] * H * RP <= FEW_LANES else many
     turns = 1 if cut.map_shared else -(-(RP + 1) // vectors)
     options = {"num_warps": cut.num_warps, "num_stages": 1}
+    wide = reverse and x.dtype == torch.float32  # q in flight besides k
     blocks = cut.blocks(cut.slots[0], H)
     segment_maps_kernel[(blocks * turns,)](
         given(x), given(put), given(mem_k), given(beta), given(lam), given(beta_bias), given(lam_bias),
         given(token_mask), cu_seqlens, maps, biases, T, N, H, cut.L, blocks,
         R=R, RP=RP, VECTORS=vectors, MAP_SHARED=cut.map_shared, **flags, REVERSE=reverse, LANES=LANES,
-        U=AHEAD[RP][0], WX=width(x, R, RP), WK=width(mem_k, R, RP), **options,
+        U=AHEAD[RP][vectors > 1 or wide], WX=width(x, R, RP), WK=width(mem_k, R, RP), WM=min(RP, 4), **options,
     )  # fmt: skip
     source, L = 0, cut.L
     for slots, G in zip(cut.slots[1:], (cut.group, cut.supergroup), strict=False):

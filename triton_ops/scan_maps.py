@@ -16,8 +16,10 @@ bits depend on the sequence alone.
 import triton
 import triton.language as tl
 
-from .common import axpby, dot, load_columns, store_columns, where_columns, zero_columns
+from .common import axpby, dot, load_columns, store_columns, where_columns, widen, zero_columns
 from .scan_tokens import (
+    blank,
+    blank_columns,
     first_slot,
     is_live,
     lane_of,
@@ -28,7 +30,6 @@ from .scan_tokens import (
     open_gates,
     segment_of,
     terms,
-    vector,
 )
 
 
@@ -48,21 +49,28 @@ def bias_offset(slot, H, h, row, RP: tl.constexpr):
 
 
 @triton.jit
-def fetch_map(maps, biases, slot, H, h, row, live, RP: tl.constexpr, SHARED: tl.constexpr, WM: tl.constexpr):
-    """M and b into registers, ahead of their use; nothing where M is too large for that."""
+def zero_map(row, RP: tl.constexpr):
+    """As fetch_map's, of no map."""
     if RP > 8:
-        return (), ()
+        return ()
     else:
-        m = load_columns(maps, map_offset(slot, H, h, row, RP, SHARED), live, 0, RP * RP, RP * RP, WM)
-        return m, load_columns(biases, bias_offset(slot, H, h, row, RP), live, 0, RP, RP, WM)
+        return zero_columns(row, RP * RP)
 
 
 @triton.jit
-def apply_map(x, m, b, with_bias, maps, biases, slot, H, h, row, live, RP: tl.constexpr, SHARED: tl.constexpr,
+def fetch_map(maps, biases, slot, H, h, row, live, RP: tl.constexpr, SHARED: tl.constexpr, WM: tl.constexpr):
+    """(M, b) into registers, ahead of their use; b alone where M is too large for that."""
+    b = load_columns(biases, bias_offset(slot, H, h, row, RP), live, 0, RP, RP, WM)
+    if RP > 8:
+        return (), b
+    else:
+        return load_columns(maps, map_offset(slot, H, h, row, RP, SHARED), live, 0, RP * RP, RP * RP, WM), b
+
+
+@triton.jit
+def apply_map(x, m, b, with_bias, maps, slot, H, h, row, live, RP: tl.constexpr, SHARED: tl.constexpr,
               WM: tl.constexpr):  # fmt: skip
     """x M + b, without b where not with_bias; x itself where not live. (m, b): fetch_map of the same slot."""
-    if RP > 8:
-        b = load_columns(biases, bias_offset(slot, H, h, row, RP), live, 0, RP, RP, WM)
     y = ()
     for j in tl.static_range(RP):
         y = y + (tl.where(with_bias, b[j], 0.0),)
@@ -103,15 +111,25 @@ def _fetch(x, given, k, beta, lam, token_mask, batch, token, h, row, inside, bia
     return qx, kx, value, b, l, live
 
 
+@triton.jit
+def _blank(x, given, k, beta, lam, row, RP: tl.constexpr, REVERSE: tl.constexpr):
+    """What _fetch returns, of no token."""
+    kx = blank_columns(k, row, RP)
+    qx = blank_columns(x, row, RP) if REVERSE else kx
+    value = (row * 0).to(tl.float32) if given is None else blank(given, row)
+    return qx, kx, value, blank(beta, row), blank(beta if lam is None else lam, row), row < 0
+
+
 @triton.jit(do_not_specialize=["T", "N", "L", "blocks"])
 def segment_maps_kernel(
     x, given, k, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, maps, biases, T, N, H, L, blocks,
     R: tl.constexpr, RP: tl.constexpr, VECTORS: tl.constexpr, MAP_SHARED: tl.constexpr, SHARED: tl.constexpr,
-    LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    REVERSE: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WX: tl.constexpr, WK: tl.constexpr,
+    LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, GATE: tl.constexpr,
+    REVERSE: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WX: tl.constexpr, WK: tl.constexpr, WM: tl.constexpr,
 ):  # fmt: skip
     """M and b of every segment. given: mem_v; reverse: dreads, and x is mem_q. Program: LANES rows of segments and
-    VECTORS of the RP + 1 vectors of each; U tokens are in flight ahead of the one in work."""
+    VECTORS of the RP + 1 vectors of each. U tokens are in flight while U are in work; the first turn works on
+    none."""
     PACKED: tl.constexpr = cu_seqlens is not None
     pid = tl.program_id(0)
     slot, h, row, _ = lane_of(pid % blocks, H, RP, 1, LANES)
@@ -134,11 +152,9 @@ def segment_maps_kernel(
     l_bias = load_bias(lam_bias, h, row, (length > 0) & (row < R), LAM_SHARED)
 
     ahead = ()
-    for u in tl.static_range(U):
-        token = base + (count - 1 - u if REVERSE else u)
-        ahead = ahead + (_fetch(x, given, k, beta, lam, token_mask, batch, token, h, row, u < count, biased, R, RP,
-                                SHARED, LAM_SHARED, REVERSE, WX, WK),)  # fmt: skip
-    t = 0
+    for _ in tl.static_range(U):
+        ahead = ahead + (_blank(x, given, k, beta, lam, row, RP, REVERSE),)
+    t = -U
     while t < steps:
         taken = ahead
         ahead = ()
@@ -149,7 +165,7 @@ def segment_maps_kernel(
                                     R, RP, SHARED, LAM_SHARED, REVERSE, WX, WK),)  # fmt: skip
         for u in tl.static_range(U):
             qx, kx, value, b, l, live = taken[u]
-            kv = vector(kx, 1, ACT)
+            kv = widen(kx)
             b, l = open_gates(b, l, b_bias, l_bias, COUPLED, GATE)
             keep, erase, write = terms(b, l, live, RULE)
             value = value.to(tl.float32)
@@ -162,7 +178,7 @@ def segment_maps_kernel(
                 taken_away = erase * dot(vectors[i], kv, 1)
                 if REVERSE:
                     y = axpby(keep, vectors[i], -taken_away, kv)
-                    after = after + (axpby(1.0, y, put, vector(qx, 1, ACT)),)
+                    after = after + (axpby(1.0, y, put, widen(qx)),)
                 else:
                     after = after + (axpby(keep, vectors[i], put - taken_away, kv),)
             vectors = after
@@ -173,8 +189,8 @@ def segment_maps_kernel(
         is_map = (i == 0) if MAP_SHARED else (first + i < RP)
         is_bias = (i == 1) if MAP_SHARED else (first + i == RP)
         held = count > 0
-        store_columns(maps, map_offset(slot, H, h, row, RP, MAP_SHARED) + c * RP, held & is_map, 0, vectors[i], RP)
-        store_columns(biases, bias_offset(slot, H, h, row, RP), held & is_bias, 0, vectors[i], RP)
+        store_columns(maps, map_offset(slot, H, h, row, RP, MAP_SHARED) + c * RP, held & is_map, 0, vectors[i], RP, WM)
+        store_columns(biases, bias_offset(slot, H, h, row, RP), held & is_bias, 0, vectors[i], RP, WM)
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "source", "target", "blocks"])
@@ -210,19 +226,18 @@ def compose_maps_kernel(
         vectors = (where_columns(is_bias, y, x),)
 
     steps = tl.max(members, 0)
-    i = 1
-    member = low + (members - 2 if REVERSE else 1)
-    m, b = fetch_map(maps, biases, member, H, h, row, i < members, RP, MAP_SHARED, WM)
-    while i < steps:
+    member, m, b = start, zero_map(row, RP), zero_columns(row, RP)
+    i = 0
+    while i < steps:  # i = 0 only fetches
         taken, taken_b, taken_member = m, b, member
-        live = i < members
+        live = (i > 0) & (i < members)
         i += 1
         member = low + (members - 1 - i if REVERSE else i)
         m, b = fetch_map(maps, biases, member, H, h, row, i < members, RP, MAP_SHARED, WM)
         after = ()
         for v in tl.static_range(len(vectors)):
             with_bias = (v == 1) if MAP_SHARED else is_bias
-            after = after + (apply_map(vectors[v], taken, taken_b, with_bias, maps, biases, taken_member, H, h, row,
+            after = after + (apply_map(vectors[v], taken, taken_b, with_bias, maps, taken_member, H, h, row,
                                        live, RP, MAP_SHARED, WM),)  # fmt: skip
         vectors = after
 
@@ -230,11 +245,11 @@ def compose_maps_kernel(
     m_offset = map_offset(slot, H, h, row, RP, MAP_SHARED)
     b_offset = bias_offset(slot, H, h, row, RP)
     if MAP_SHARED:
-        store_columns(maps, m_offset + row * RP, held, 0, vectors[0], RP)
-        store_columns(biases, b_offset, held, 0, vectors[1], RP)
+        store_columns(maps, m_offset + row * RP, held, 0, vectors[0], RP, WM)
+        store_columns(biases, b_offset, held, 0, vectors[1], RP, WM)
     else:
-        store_columns(maps, m_offset + column * RP, held & (column < RP), 0, vectors[0], RP)
-        store_columns(biases, b_offset, held & is_bias, 0, vectors[0], RP)
+        store_columns(maps, m_offset + column * RP, held & (column < RP), 0, vectors[0], RP, WM)
+        store_columns(biases, b_offset, held & is_bias, 0, vectors[0], RP, WM)
 
 
 @triton.jit
@@ -275,17 +290,16 @@ def carry_state(x, maps, biases, slot, n, s, begin, length, T, L, H, h, row, sec
                 LEVELS: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, WM: tl.constexpr):  # fmt: skip
     """x, a row of the state at its sequence's start (reverse: end), carried to segment s. The next map is in
     flight while one is applied. second, third: the slots where the groups' levels begin."""
-    _, total = _nth_before(0, slot, n, s, begin, length, T, L, second, third, REVERSE, PACKED, LEVELS, G1, G2)
+    where, total = _nth_before(0, slot, n, s, begin, length, T, L, second, third, REVERSE, PACKED, LEVELS, G1, G2)
     total = tl.where(length > 0, total, 0)
     steps = tl.max(total, 0)
-    i = 0
-    where, _ = _nth_before(i, slot, n, s, begin, length, T, L, second, third, REVERSE, PACKED, LEVELS, G1, G2)
-    m, b = fetch_map(maps, biases, where, H, h, row, i < total, RP, MAP_SHARED, WM)
-    while i < steps:
+    m, b = zero_map(row, RP), zero_columns(row, RP)
+    i = -1
+    while i < steps:  # i = -1 only fetches
         taken, taken_b, taken_slot = m, b, where
-        live = i < total
+        live = (i >= 0) & (i < total)
         i += 1
         where, _ = _nth_before(i, slot, n, s, begin, length, T, L, second, third, REVERSE, PACKED, LEVELS, G1, G2)
         m, b = fetch_map(maps, biases, where, H, h, row, i < total, RP, MAP_SHARED, WM)
-        x = apply_map(x, taken, taken_b, True, maps, biases, taken_slot, H, h, row, live, RP, MAP_SHARED, WM)
+        x = apply_map(x, taken, taken_b, True, maps, taken_slot, H, h, row, live, RP, MAP_SHARED, WM)
     return x

@@ -23,21 +23,27 @@ GROUP, SUPERGROUP = 8, 16
 # its own chain about two cycles in three.
 SEQUENTIAL_SEGMENTS = 4  # below, launches outweigh what parallel segments save
 FULL_LANES = 40 * 1024  # rows times vectors: above, a lane per row keeps the machine busy by itself
+PACKED_TOKENS = 8  # a sequence, in the mean: above, a packed batch is not drafts alone but has a prompt among them
 
-# RP -> tokens in flight ahead, in (maps, replay): half of the registers of a lane at most
-AHEAD = {1: (8, 8), 2: (8, 8), 4: (8, 8), 8: (8, 4), 16: (4, 2), 32: (1, 2), 64: (1, 2)}
+# RP -> tokens in flight ahead, in (maps of one vector a lane, of several, replay): half of a lane's registers at most
+AHEAD = {1: (8, 8, 8), 2: (8, 8, 8), 4: (8, 8, 8), 8: (8, 4, 4), 16: (4, 2, 2), 32: (1, 1, 2), 64: (1, 1, 2)}
 
 # RP -> vectors of a map per lane when rows are few, and when they are many (more share one token's loads)
 MAP_VECTORS = {1: (1, 2), 2: (1, 3), 4: (1, 5), 8: (1, 3), 16: (1, 3)}
 FEW_LANES = 4096
 
 
-# RP -> (tokens whose states the backward holds in registers, tokens between states that it leaves in memory).
-# Closer ones are less to recompute and more to store: (distance / block - 1) / 2 more replays of a token.
-CHECKPOINT = {1: (4, 16), 2: (4, 16), 4: (4, 16), 8: (4, 16), 16: (2, 8), 32: (2, 8), 64: (2, 8)}
+# RP -> tokens that the backward makes states of at a time, and uses at a time. It leaves one state in memory for each
+# of the latter: at 2, half of the history of the segments at work, and one replay of every other token. Where a lane
+# holds 16 channels two tokens are more than its registers.
+BLOCKS = {1: (4, 2), 2: (4, 2), 4: (4, 2), 8: (4, 2), 16: (2, 1), 32: (2, 1), 64: (2, 1)}
 
-# Lanes from which the backward joins segments: its maps shrink, and the machine is busy anyhow.
-REVERSE_LANES = 8192
+# Lanes from which the backward joins segments: a warp for each of an H200's 528 schedulers. It bounds the states that
+# it leaves in memory, and its maps.
+REVERSE_LANES = 16 * 1024
+
+# Tokens a row up to which lanes activate q and k themselves: one launch is then worth more than the arithmetic.
+SHORT = 16
 
 
 class Plan(NamedTuple):
@@ -101,7 +107,7 @@ def plan(mem_q, beta, lam, cu_seqlens, update_rule, write, segment_len, whole=Fa
     if not write:  # segments know their state: no maps
         parallel, levels = T > L, 0
     else:
-        idle = N * H * RP * vectors <= FULL_LANES if cu_seqlens is None else T > N * L
+        idle = N * H * RP * vectors <= FULL_LANES if cu_seqlens is None else T > N * PACKED_TOKENS
         parallel, levels = idle and RP <= 16 and T > SEQUENTIAL_SEGMENTS * L, 1
     if whole or not parallel:
         L, levels = T + 1, 0

@@ -10,6 +10,8 @@ import triton.language as tl
 from .common import axpby, dot, load_columns, store_columns, widen, zero_columns
 from .scan_maps import carry_state
 from .scan_tokens import (
+    blank,
+    blank_columns,
     first_slot,
     is_live,
     lane_of,
@@ -36,8 +38,8 @@ def load_state(state, slot, h, row, first, live, R: tl.constexpr, CW: tl.constex
 
 
 @triton.jit
-def store_state(state, slot, h, row, first, live, x, R: tl.constexpr):
-    store_columns(state[0], offset_of(state, slot, h, row) + first, live & (row < R), first, x, R)
+def store_state(state, slot, h, row, first, live, x, R: tl.constexpr, W: tl.constexpr):
+    store_columns(state[0], offset_of(state, slot, h, row, W) + first, live & (row < R), first, x, R, W)
 
 
 @triton.jit
@@ -79,20 +81,34 @@ def fetch_block(q, k, v, beta, lam, token_mask, batch, base, t, count, h, row, f
     return found
 
 
+@triton.jit
+def _blank_block(q, k, v, beta, lam, row, U: tl.constexpr, WRITE: tl.constexpr, CW: tl.constexpr):
+    """What fetch_block returns, of no tokens."""
+    qx = blank_columns(q, row, CW)
+    token = (qx, qx, qx[0], qx[0], qx[0], row < 0)
+    if WRITE:
+        kx, b = blank_columns(k, row, CW), blank(beta, row)
+        token = (qx, kx, blank(v, row), b, b if lam is None else blank(lam, row), row < 0)
+    found = ()
+    for _ in tl.static_range(U):
+        found = found + (token,)
+    return found
+
+
 @triton.jit(do_not_specialize=["T", "N", "L", "slots", "second", "third"])
 def replay_kernel(
     q, k, v, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, start, start_slots, has_initial, maps, biases,
     final, final_slots, tape, reads, T, N, H, L, slots, second, third,
     R: tl.constexpr, RP: tl.constexpr, NB: tl.constexpr, MAP_SHARED: tl.constexpr, SHARED: tl.constexpr,
     LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    WRITE: tl.constexpr, PER_TOKEN: tl.constexpr, COPIED: tl.constexpr, TAPE: tl.constexpr, ONE: tl.constexpr,
+    WRITE: tl.constexpr, PER_TOKEN: tl.constexpr, COPIED: tl.constexpr, TAPE: tl.constexpr, SHORT: tl.constexpr,
     LEVELS: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr,
-    WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr, WM: tl.constexpr,
+    WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr, WF: tl.constexpr, WT: tl.constexpr, WM: tl.constexpr,
 ):  # fmt: skip
     """reads of each segment of L tokens; the final state; the state at every TAPE-th token. start_slots: the slot
     of each sequence's state (None: its own number), < 0 for padding; final_slots: where states go, [N], or per
     token (PER_TOKEN). COPIED: start is already in sequence order. LEVELS 0: segments are whole sequences.
-    ONE: T = 1. U tokens are in flight ahead of those in work."""
+    U tokens are in flight while U are in work, and the first turn works on none; not so where sequences are SHORT."""
     PACKED: tl.constexpr = cu_seqlens is not None
     CW: tl.constexpr = RP // NB
     slot, h, row, block = lane_of(tl.program_id(0), H, RP, NB, LANES)
@@ -119,23 +135,27 @@ def replay_kernel(
 
     steps = tl.max(count, 0)
     present = tl.where(source >= 0, count, 0)
-    ahead = fetch_block(q, k, v, beta, lam, token_mask, batch, base, 0, present, h, row, first, U, WRITE, R, CW, SHARED,
-                        LAM_SHARED, WQ, WK)  # fmt: skip
     t = 0
+    if not SHORT:
+        t = -U
+        ahead = _blank_block(q, k, v, beta, lam, row, U, WRITE, CW)
     while t < steps:
-        taken = ahead
-        if not ONE:
+        if SHORT:
+            taken = fetch_block(q, k, v, beta, lam, token_mask, batch, base, t, present, h, row, first, U, WRITE, R, CW,
+                                SHARED, LAM_SHARED, WQ, WK)  # fmt: skip
+        else:
+            taken = ahead
             ahead = fetch_block(q, k, v, beta, lam, token_mask, batch, base, t + U, present, h, row, first, U, WRITE,
                                 R, CW, SHARED, LAM_SHARED, WQ, WK)  # fmt: skip
         if TAPE > 0:
-            if t % TAPE == 0:
+            if (t >= 0) & (t % TAPE == 0):
                 place = ((first_slot(n, begin, T, TAPE, PACKED) + (s * L + t) // TAPE) * H + h) * R + row
-                store_columns(tape, place * R + first, used & (t < count), first, state, R)
+                store_columns(tape, place * R + first, used & (t < count), first, state, R, WT)
         for u in tl.static_range(U):
             qx, kx, value, b, l, live = taken[u]
             read = tl.where(live, dot(state, vector(qx, NB, ACT), NB), 0.0)
             token = base + t + u
-            inside = held & (t + u < count)
+            inside = held & (t + u >= 0) & (t + u < count)
             tl.store(reads[0] + offset_of(reads, batch, token, h) + row, read, mask=inside & (block == 0))
             if WRITE:
                 kv = vector(kx, NB, ACT)
@@ -144,7 +164,7 @@ def replay_kernel(
                 state = axpby(keep, state, write * value.to(tl.float32) - erase * dot(state, kv, NB), kv)
             if PER_TOKEN:
                 place = tl.load(final_slots[0] + batch * final_slots[1] + token, mask=inside, other=-1).to(tl.int64)
-                store_state(final, place, h, row, first, used & inside & (place >= 0), state, R)
+                store_state(final, place, h, row, first, used & inside & (place >= 0), state, R, WF)
         t += U
 
     if not PER_TOKEN:
@@ -152,7 +172,7 @@ def replay_kernel(
         if final_slots is not None:
             place = tl.load(final_slots[0] + n, mask=held, other=-1).to(tl.int64)
         last = (s + 1) * L >= length
-        store_state(final, place, h, row, first, used & last & (place >= 0), state, R)
+        store_state(final, place, h, row, first, used & last & (place >= 0), state, R, WF)
     if PACKED:
         clear_tail(reads, cu_seqlens, N, T, slot, slots, h, row, (row < R) & (block == 0))
 
@@ -170,4 +190,4 @@ def copy_states_kernel(pool, slots, has_initial, out, N, H, R: tl.constexpr, LAN
     if has_initial is not None:
         loaded = loaded & (tl.load(has_initial + n, mask=live, other=0) != 0)
     state = load_state(pool, source, h, row, 0, loaded, R, R, 1)
-    store_state(out, n, h, row, 0, live, state, R)
+    store_state(out, n, h, row, 0, live, state, R, 1)

@@ -4,15 +4,16 @@
     dq = sum_rows dr s       dk = sum_rows (write v - erase a) g - erase h s       dv = write h
     dkeep = g.s              derase = -a h                                         dwrite = v h
 
-States are recomputed from the tape: once forward through a tape segment, leaving one state every CHECKPOINT tokens
-in memory, then from those, last to first, the U states of each block of tokens into registers. So 1 / CHECKPOINT
-of the history exists, and only while it is used. A program holds whole states: sums over rows stay inside it.
+States are recomputed from the tape: once forward through a tape segment, leaving one state every U tokens in
+memory, then from those, last to first, the U states of each block of tokens into registers. So 1 / U of the history
+exists, and only of the segments at work. A program holds whole states: sums over rows stay inside it. q and k come
+activated: activation and its gradient are passes of their own.
 """
 
 import triton
 import triton.language as tl
 
-from .common import activate, axpby, dot, load_columns, pick, store_columns, sum_rows, widen, zero_columns
+from .common import axpby, dot, load_columns, pick, store_columns, sum_rows, widen, zero_columns
 from .scan_maps import bias_offset, carry_state
 from .scan_replay import clear_tail, fetch_block, load_state, store_state
 from .scan_tokens import (
@@ -24,21 +25,7 @@ from .scan_tokens import (
     open_gates,
     segment_of,
     terms,
-    vector,
 )
-
-
-@triton.jit
-def _column_gradient(dz, x, row, NB: tl.constexpr, ACT: tl.constexpr):
-    """Of q or k as given, at the channel that this lane stores; dz [CW]: of the vector in use."""
-    own = pick(dz, row)
-    if ACT:
-        z, norm = activate(widen(x), NB)
-        along = tl.where(norm > 1e-6, dot(z, dz, NB), 0.0)
-        mine = pick(z, row)
-        y = mine * norm
-        own = (own - mine * along) / norm * (1 - y * y)
-    return own
 
 
 @triton.jit
@@ -65,23 +52,31 @@ def _logit_gradient(dgate, value, RP: tl.constexpr, NB: tl.constexpr, SHARED: tl
 
 
 @triton.jit
-def _store_value(out, batch, token, h, row, live, x, SHARED: tl.constexpr = False):
-    """out[batch, token, h, row] = x, of what all rows share [batch, token, h, 0]; nothing where out is absent."""
+def _store_value(out, place, row, live, x, R: tl.constexpr, SHARED: tl.constexpr = False):
+    """out[place, row] = x, of what all rows share out[place]; nothing where out is absent. place: (b, t, h)."""
     if out is not None:
-        offset = offset_of(out, batch, token, h)
         if SHARED:
-            tl.store(out[0] + offset, x, mask=live & (row == 0))
+            tl.store(out + place, x, mask=live & (row == 0))
         else:
-            tl.store(out[0] + offset + row, x, mask=live)
+            tl.store(out + place * R + row, x, mask=live)
+
+
+@triton.jit
+def _clear_tail(out, cu_seqlens, N, T, slot, slots, H, h, row, live, R: tl.constexpr, SHARED: tl.constexpr = False):
+    if out is not None:
+        if SHARED:
+            clear_tail((out, 0, H, 1), cu_seqlens, N, T, slot, slots, h, row, live & (row == 0))
+        else:
+            clear_tail((out, 0, H * R, R), cu_seqlens, N, T, slot, slots, h, row, live)
 
 
 @triton.jit
 def _write(state, token, b_bias, l_bias, NB: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr,
-           ACT: tl.constexpr, GATE: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
+           GATE: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
     """S_{t-1} -> S_t."""
     if WRITE:
         _, kx, value, b, l, live = token
-        kv = vector(kx, NB, ACT)
+        kv = widen(kx)
         b, l = open_gates(b, l, b_bias, l_bias, COUPLED, GATE)
         keep, erase, write = terms(b, l, live, RULE)
         state = axpby(keep, state, write * value.to(tl.float32) - erase * dot(state, kv, NB), kv)
@@ -90,17 +85,17 @@ def _write(state, token, b_bias, l_bias, NB: tl.constexpr, RULE: tl.constexpr, C
 
 @triton.jit
 def _token_back(g, state, dr, token, b_bias, l_bias, row, RP: tl.constexpr, NB: tl.constexpr, SHARED: tl.constexpr,
-                LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr,
-                GATE: tl.constexpr, WRITE: tl.constexpr):  # fmt: skip
+                LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, GATE: tl.constexpr,
+                WRITE: tl.constexpr):  # fmt: skip
     """dS_t -> (dS_{t-1}, this lane's channel of dq and dk, its row of dv, dbeta, dlam); state is S_{t-1}."""
     qx, kx, value, b, l, live = token
     dz = ()
     for c in tl.static_range(len(g)):
         dz = dz + (sum_rows(dr * state[c], RP, NB),)
-    own_q = _column_gradient(dz, qx, row, NB, ACT)
+    own_q = pick(dz, row)
     own_k, dvalue, db, dl = dr * 0, dr * 0, dr * 0, dr * 0
     if WRITE:
-        kv = vector(kx, NB, ACT)
+        kv = widen(kx)
         value = value.to(tl.float32)
         b, l = open_gates(b, l, b_bias, l_bias, COUPLED, GATE)
         keep, erase, write = terms(b, l, live, RULE)
@@ -109,13 +104,13 @@ def _token_back(g, state, dr, token, b_bias, l_bias, row, RP: tl.constexpr, NB: 
         dz = ()
         for c in tl.static_range(len(g)):
             dz = dz + (sum_rows(put * g[c] - away * state[c], RP, NB),)
-        own_k = _column_gradient(dz, kx, row, NB, ACT)
+        own_k = pick(dz, row)
         dvalue = write * h
         db, dl = _gate_gradients(dot(g, state, NB), -a * h, value * h, b, l, RULE, COUPLED)
         db = _logit_gradient(tl.where(live, db, 0.0), b, RP, NB, SHARED, GATE)
         dl = _logit_gradient(tl.where(live, dl, 0.0), l, RP, NB, LAM_SHARED, GATE)
         g = axpby(keep, g, -away, kv)
-    return axpby(1.0, g, dr, vector(qx, NB, ACT)), own_q, own_k, dvalue, db, dl
+    return axpby(1.0, g, dr, widen(qx)), own_q, own_k, dvalue, db, dl
 
 
 @triton.jit(do_not_specialize=["T", "N", "L", "slots", "second", "third"])
@@ -123,13 +118,15 @@ def reverse_kernel(
     dreads, dfinal, q, k, v, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, start, tape, maps, biases,
     checkpoints, dq, dk, dv, dbeta, dlam, dstart, dbeta_bias, dlam_bias, T, N, H, L, slots, second, third,
     R: tl.constexpr, RP: tl.constexpr, NB: tl.constexpr, MAP_SHARED: tl.constexpr, SHARED: tl.constexpr,
-    LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    WRITE: tl.constexpr, TAPE: tl.constexpr, CHECKPOINT: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
-    G2: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WM: tl.constexpr,
+    LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, GATE: tl.constexpr, WRITE: tl.constexpr,
+    TAPE: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr, LANES: tl.constexpr,
+    F: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr, WF: tl.constexpr,
+    WT: tl.constexpr, WM: tl.constexpr,
 ):  # fmt: skip
     """Gradients at the tokens of each segment of L (a multiple of TAPE, or whole sequences: LEVELS 0), and of the
     initial state. Read-only tokens (not WRITE) share one state: each segment leaves its sum of dr q in biases.
-    checkpoints [TAPE / CHECKPOINT, lanes, CW]. dbeta_bias, dlam_bias [slots, H, RP]: a segment's share."""
+    checkpoints [TAPE / U, lanes, CW]; states are made F tokens at a time, and used U at a time. dbeta_bias, dlam_bias
+    [slots, H, RP]: a segment's share. Gradients at tokens are contiguous."""
     PACKED: tl.constexpr = cu_seqlens is not None
     CW: tl.constexpr = RP // NB
     pid = tl.program_id(0)
@@ -147,7 +144,7 @@ def reverse_kernel(
 
     g = zero_columns(row, CW)
     if WRITE:
-        g = load_state(dfinal, n, h, row, first, held, R, CW, 1)
+        g = load_state(dfinal, n, h, row, first, held, R, CW, WF)
     if LEVELS > 0:
         g = carry_state(g, maps, biases, slot, n, s, begin, length, T, L, H, h, row, second, third, RP, MAP_SHARED,
                         True, PACKED, LEVELS, G1, G2, WM)  # fmt: skip
@@ -164,18 +161,19 @@ def reverse_kernel(
         token = base + offset
         if WRITE:
             place = ((first_slot(n, begin, T, TAPE, PACKED) + (s * L + offset) // TAPE) * H + h) * R + row
-            state = widen(load_columns(tape, place * R + first, held & (size > 0), first, R, CW, 1))
+            state = widen(load_columns(tape, place * R + first, held & (size > 0), first, R, CW, WT))
         else:
-            state = load_state(start, n, h, row, first, held, R, CW, 1)
+            state = load_state(start, n, h, row, first, held, R, CW, WS)
         t = 0
         while t < steps:
-            if t % CHECKPOINT == 0:
-                store_columns(checkpoints, ((t // CHECKPOINT) * lanes + lane) * CW, held, 0, state, CW)
-            taken = fetch_block(q, k, v, beta, lam, token_mask, batch, token, t, size, h, row, first, U, WRITE, R, CW,
+            taken = fetch_block(q, k, v, beta, lam, token_mask, batch, token, t, size, h, row, first, F, WRITE, R, CW,
                                 SHARED, LAM_SHARED, WQ, WK)  # fmt: skip
-            for u in tl.static_range(U):
-                state = _write(state, taken[u], b_bias, l_bias, NB, RULE, COUPLED, ACT, GATE, WRITE)
-            t += U
+            for u in tl.static_range(F):
+                if u % U == 0:
+                    place = (((t + u) // U) * lanes + lane) * CW
+                    store_columns(checkpoints, place, held & (t + u < size), 0, state, CW, WM)
+                state = _write(state, taken[u], b_bias, l_bias, NB, RULE, COUPLED, GATE, WRITE)
+            t += F
         tl.debug_barrier()  # whichever threads hold a checkpoint's parts, here and there
 
         t = (steps + U - 1) // U * U - U
@@ -189,33 +187,26 @@ def reverse_kernel(
                     live = taken[u][5] & (row < R)
                     dr = load_value(dreads, batch, token + t + u, h, row, live).to(tl.float32)
                 drs = drs + (dr,)
-            earlier = t // CHECKPOINT * CHECKPOINT
-            place = ((t // CHECKPOINT) * lanes + lane) * CW
-            state = load_columns(checkpoints, place, held, 0, CW, CW, WM)
-            while earlier < t:
-                replayed = fetch_block(q, k, v, beta, lam, token_mask, batch, token, earlier, size, h, row, first, U,
-                                       WRITE, R, CW, SHARED, LAM_SHARED, WQ, WK)  # fmt: skip
-                for u in tl.static_range(U):
-                    state = _write(state, replayed[u], b_bias, l_bias, NB, RULE, COUPLED, ACT, GATE, WRITE)
-                earlier += U
+            state = load_columns(checkpoints, ((t // U) * lanes + lane) * CW, held, 0, CW, CW, WM)
             states = ()
             for u in tl.static_range(U):
                 states = states + (state,)
                 if u < U - 1:
-                    state = _write(state, taken[u], b_bias, l_bias, NB, RULE, COUPLED, ACT, GATE, WRITE)
+                    state = _write(state, taken[u], b_bias, l_bias, NB, RULE, COUPLED, GATE, WRITE)
 
             for i in tl.static_range(U):
                 now = token + t + (U - 1 - i)
                 inside = t + (U - 1 - i) < size
                 g, own_q, own_k, dvalue, db, dl = _token_back(
                     g, states[U - 1 - i], drs[U - 1 - i], taken[U - 1 - i], b_bias, l_bias, row, RP, NB, SHARED,
-                    LAM_SHARED, RULE, COUPLED, ACT, GATE, WRITE,
+                    LAM_SHARED, RULE, COUPLED, GATE, WRITE,
                 )  # fmt: skip
-                _store_value(dq, batch, now, h, first + row, inside & stores_column, own_q)
-                _store_value(dk, batch, now, h, first + row, inside & stores_column, own_k)
-                _store_value(dv, batch, now, h, row, inside & stores_row, dvalue)
-                _store_value(dbeta, batch, now, h, row, inside & stores_row, db, SHARED)
-                _store_value(dlam, batch, now, h, row, inside & stores_row, dl, LAM_SHARED)
+                place = (batch * T + now) * H + h
+                _store_value(dq, place, first + row, inside & stores_column, own_q, R)
+                _store_value(dk, place, first + row, inside & stores_column, own_k, R)
+                _store_value(dv, place, row, inside & stores_row, dvalue, R)
+                _store_value(dbeta, place, row, inside & stores_row, db, R, SHARED)
+                _store_value(dlam, place, row, inside & stores_row, dl, R, LAM_SHARED)
                 b_sum += db
                 l_sum += dl
             t -= U
@@ -223,9 +214,9 @@ def reverse_kernel(
         part -= 1
 
     if not WRITE:
-        store_columns(biases, bias_offset(slot, H, h, row, RP) + first, slot < slots, 0, g, RP)
+        store_columns(biases, bias_offset(slot, H, h, row, RP) + first, slot < slots, 0, g, RP, WM)
     elif dstart is not None:
-        store_state(dstart, n, h, row, first, held & (s == 0), g, R)
+        store_state(dstart, n, h, row, first, held & (s == 0), g, R, WS)
     share = (slot < slots) & (block == 0)
     if dbeta_bias is not None:
         tl.store(dbeta_bias + (slot * H + h) * RP + row, b_sum, mask=share)
@@ -233,11 +224,11 @@ def reverse_kernel(
         tl.store(dlam_bias + (slot * H + h) * RP + row, l_sum, mask=share)
     if PACKED:
         tail = (row < R) & (block == 0)
-        clear_tail(dq, cu_seqlens, N, T, slot, slots, h, row, tail)
-        clear_tail(dk, cu_seqlens, N, T, slot, slots, h, row, tail)
-        clear_tail(dv, cu_seqlens, N, T, slot, slots, h, row, tail)
-        clear_tail(dbeta, cu_seqlens, N, T, slot, slots, h, row, tail & ((row == 0) | (not SHARED)))
-        clear_tail(dlam, cu_seqlens, N, T, slot, slots, h, row, tail & ((row == 0) | (not LAM_SHARED)))
+        _clear_tail(dq, cu_seqlens, N, T, slot, slots, H, h, row, tail, R)
+        _clear_tail(dk, cu_seqlens, N, T, slot, slots, H, h, row, tail, R)
+        _clear_tail(dv, cu_seqlens, N, T, slot, slots, H, h, row, tail, R)
+        _clear_tail(dbeta, cu_seqlens, N, T, slot, slots, H, h, row, tail, R, SHARED)
+        _clear_tail(dlam, cu_seqlens, N, T, slot, slots, H, h, row, tail, R, LAM_SHARED)
 
 
 @triton.jit(do_not_specialize=["T", "N", "L"])

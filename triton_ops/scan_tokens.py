@@ -14,32 +14,39 @@ from .common import activate, gate_terms, load_columns, sigmoid, widen
 
 @triton.jit
 def lane_of(pid, H, RP: tl.constexpr, NB: tl.constexpr, LANES: tl.constexpr):
-    """(slot, h, row, column block), int64 [LANES]."""
-    lane = pid.to(tl.int64) * LANES + tl.arange(0, LANES)
+    """(slot, h, row, column block), int64 [LANES]. Divided in 32 bits, which hold any number of lanes: 64-bit
+    division is a routine that takes half of a lane's registers."""
+    lane = pid * LANES + tl.arange(0, LANES)
     state = lane // (RP * NB)
-    return state // H, state % H, lane // NB % RP, lane % NB
+    return (
+        (state // H).to(tl.int64),
+        (state % H).to(tl.int64),
+        (lane // NB % RP).to(tl.int64),
+        (lane % NB).to(tl.int64),
+    )
 
 
 @triton.jit
 def first_slot(n, begin, T, L, PACKED: tl.constexpr):
     """Slot of a sequence's first segment of L tokens: the tape's rule, for any L."""
     if PACKED:
-        return begin // L + n
+        return begin.to(tl.int32) // L + n
     else:
         return n * ((T + L - 1) // L)
 
 
 @triton.jit
 def segment_of(slot, cu_seqlens, T, N, L):
-    """(n, s, begin, length) of segment slot: sequence n's s-th segment of L tokens.
+    """(n, s, begin, length) of segment slot: sequence n's s-th segment of L tokens; n and begin int64.
 
     A sequence without tokens still has segment 0; length is -1 where the slot holds no segment. Packed:
     a binary search for the last n with cu_seqlens[n] // L + n <= slot.
     """
+    slot = slot.to(tl.int32)
     if cu_seqlens is None:
         per_row = tl.maximum((T + L - 1) // L, 1)
         n = slot // per_row
-        return n, slot % per_row, n * 0, tl.where(n < N, n * 0 + T, -1)
+        return n.to(tl.int64), slot % per_row, (n * 0).to(tl.int64), tl.where(n < N, n * 0 + T, -1)
     else:
         n = slot * 0
         span = N - 1
@@ -47,14 +54,14 @@ def segment_of(slot, cu_seqlens, T, N, L):
             half = (span + 1) // 2
             probe = n + half
             inside = probe < N
-            start = tl.load(cu_seqlens + probe, mask=inside, other=0).to(tl.int64)
+            start = tl.load(cu_seqlens + probe, mask=inside, other=0)
             n = tl.where(inside & (start // L + probe <= slot), probe, n)
             span = span - half
-        begin = tl.load(cu_seqlens + n, mask=n < N, other=0).to(tl.int64)
-        end = tl.load(cu_seqlens + n + 1, mask=n < N, other=0).to(tl.int64)
-        s = slot - first_slot(n, begin, T, L, True)
+        begin = tl.load(cu_seqlens + n, mask=n < N, other=0)
+        end = tl.load(cu_seqlens + n + 1, mask=n < N, other=0)
+        s = slot - (begin // L + n)
         held = (n < N) & ((s == 0) | (s * L < end - begin))
-        return n, s, begin, tl.where(held, end - begin, -1)
+        return n.to(tl.int64), s, begin.to(tl.int64), tl.where(held, end - begin, -1)
 
 
 @triton.jit
@@ -85,6 +92,20 @@ def load_value(x, batch, token, h, row, live, SHARED: tl.constexpr = False):
     if not SHARED:
         offset += row
     return tl.load(x[0] + offset, mask=live, other=0.0)
+
+
+@triton.jit
+def blank(x, row):
+    """A value of x's type for each lane, of no meaning."""
+    return tl.zeros([row.shape[0]], x[0].dtype.element_ty)
+
+
+@triton.jit
+def blank_columns(x, row, CW: tl.constexpr):
+    found = ()
+    for _ in tl.static_range(CW):
+        found = found + (blank(x, row),)
+    return found
 
 
 @triton.jit
