@@ -124,6 +124,7 @@ def launched(monkeypatch):
         "SUPERGROUP": 2,
         "SEQUENTIAL_SEGMENTS": 1,
         "FULL_LANES": 1 << 30,
+        "PACKED_TOKENS": 1,
     }.items():
         monkeypatch.setattr(scan_plan, name, value)
     monkeypatch.setattr(scan_prep, "FULL_WARPS", 1)
@@ -168,7 +169,6 @@ def check_joined(args):
 
 MAPS = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
 JOINED = {
-    "rank_4": {},
     "rank_8": {"scan": {"R": 8, "T": 9, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1},
     "rank_5": {"scan": {"R": 5, "mask": 0.3, "raw": True, "free": True, "T": 9, "segment_len": 2}, "interleaved": True},
     "rank_16": {"scan": {"R": 16, "T": 5, "segment_len": 1, "gate": 1}, "HKV": 1, "tables": 3},
@@ -184,7 +184,10 @@ def test_joined_with_the_scan(case, launched):
     args = joined_args(**JOINED[case])
     results = check_joined(args)
     waits = args["v"] is not None or args["delta_k"] is not None
-    assert launched == [*MAPS, "replay_prep_kernel" if waits else "replay_beside_prep_kernel"]
+    assert [name for name in launched if name != "activate_kernel"] == [
+        *MAPS,
+        "replay_prep_kernel" if waits else "replay_beside_prep_kernel",
+    ]
     if args["cu_seqlens"] is not None:
         assert all((x[:, args["cu_seqlens"][-1] :] == 0).all() for x in results[3:] if x.numel())
 
@@ -197,7 +200,7 @@ def test_joined_equals_scan_then_prep(launched):
     prep = {**dict.fromkeys(("q", "k", "v", "reads", "delta_q", "delta_k", "delta_v", "q_norm_weight")), **args}
     prep = {name: prep[name] for name in prep_args()} | {"reads": reads}
     _, k, v = call("delta_prep_fwd", "triton", prep)
-    joined = call("delta_scan_prep_fwd", "triton", args)
+    joined = check_joined(args)
     assert all(map(same_bits, joined, (reads, final_state, tape, k, v)))
     launched.clear()
     check_joined(joined_args({"T": 3, "segment_len": 4}))
@@ -240,7 +243,7 @@ def test_chain_joins(launched, monkeypatch, capsys):
         results[backend] = (out, reads, final_state, *(x.grad for x in leaves))
     for got, want in zip(*results.values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert launched[:3] == [*MAPS[:2], "replay_prep_kernel"] and "replay_kernel" not in launched
+    assert launched[:4] == ["activate_kernel", *MAPS[:2], "replay_prep_kernel"] and "replay_kernel" not in launched
     explain(function, **arguments, backend="triton")
     told = [line.split("::")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  deltamem::")]
     assert told == ["delta_scan_prep_fwd.triton", "delta_attention_fwd.triton"]

@@ -14,7 +14,7 @@ from deltamem_kernels.ops import SEGMENT_LEN, tape_shape
 from .delta_prep_bwd import delta_prep_bwd
 from .delta_scan import delta_scan_fwd
 from .lift import columns
-from .lowering import launches
+from .lowering import launches, unique
 from .prep_tiles import (
     outer_strides,
     prep_heads,
@@ -189,12 +189,9 @@ def delta_prep_with_kvcache(
 def lowerings():
     """Every (name, kernel, signature, constexprs, options) that the launchers pick, at sizes of an 8B model; each
     once, and without the scan's own kernels."""
-    seen = set()
-    for name, kernel, *configuration in _launched():
-        key = kernel.__name__, repr(configuration)
-        if key not in seen and kernel.__name__ not in ("segment_maps_kernel", "compose_maps_kernel"):
-            seen.add(key)
-            yield name, kernel, *configuration
+    for found in unique(_launched()):
+        if found[1].__name__ not in ("segment_maps_kernel", "compose_maps_kernel"):
+            yield found
 
 
 def _launched():

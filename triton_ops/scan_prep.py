@@ -15,8 +15,8 @@ import triton.language as tl
 from .lift import columns
 from .prep_tiles import outer_strides, prep_heads, rotary_flags, rotary_strides, tile, token_angles
 from .prologue import pair_count
-from .scan_build import build_maps, gate_flags
-from .scan_plan import AHEAD, Plan, given, width
+from .scan_build import activated, build_maps, gate_flags
+from .scan_plan import AHEAD, SHORT, Plan, given, width
 from .scan_replay import replay_kernel
 from .scan_tokens import segment_of
 from .sequences import search_steps, sequence_of
@@ -38,16 +38,17 @@ def replay_prep_kernel(
     stride_cb, stride_ct, stride_sb, stride_st, stride_pb,
     R: tl.constexpr, RP: tl.constexpr, NB: tl.constexpr, MAP_SHARED: tl.constexpr, SHARED: tl.constexpr,
     LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    WRITE: tl.constexpr, TAPE: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr,
-    LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr, WM: tl.constexpr,
-    SEGMENTS: tl.constexpr, BT: tl.constexpr, J: tl.constexpr, JC: tl.constexpr, GATHERED: tl.constexpr,
-    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    WRITE: tl.constexpr, TAPE: tl.constexpr, SHORT: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
+    G2: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr,
+    WF: tl.constexpr, WT: tl.constexpr, WM: tl.constexpr, SEGMENTS: tl.constexpr, BT: tl.constexpr,
+    J: tl.constexpr, JC: tl.constexpr, GATHERED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of LANES lanes = SEGMENTS segments, groups of `group` heads: k_groups of k, then those of v)."""
     replay_kernel(
         mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, start, None, None, maps, biases,
         final, None, tape, reads, T, N, H, L, slots, second, third, R, RP, NB, MAP_SHARED, SHARED, LAM_SHARED, RULE,
-        COUPLED, ACT, GATE, WRITE, False, False, TAPE, False, LEVELS, G1, G2, LANES, U, WQ, WK, WS, WM,
+        COUPLED, ACT, GATE, WRITE, False, False, TAPE, SHORT, LEVELS, G1, G2, LANES, U, WQ, WK, WS, WF, WT, WM,
     )  # fmt: skip
     tl.debug_barrier()  # the reads that other threads of this program stored
 
@@ -99,18 +100,18 @@ def replay_beside_prep_kernel(
     stride_pb,
     R: tl.constexpr, RP: tl.constexpr, NB: tl.constexpr, MAP_SHARED: tl.constexpr, SHARED: tl.constexpr,
     LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    WRITE: tl.constexpr, TAPE: tl.constexpr, ONE: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
+    WRITE: tl.constexpr, TAPE: tl.constexpr, SHORT: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
     G2: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr,
-    WM: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, GATHERED: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    WF: tl.constexpr, WT: tl.constexpr, WM: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr,
+    GATHERED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs replay, the others prepare x, a tile of tokens and GROUP heads each."""
     if tl.program_id(0) < blocks:
         replay_kernel(
             mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, start, None, None, maps,
             biases, final, None, tape, reads, T, N, H, L, slots, second, third, R, RP, NB, MAP_SHARED, SHARED,
-            LAM_SHARED, RULE, COUPLED, ACT, GATE, WRITE, False, False, TAPE, ONE, LEVELS, G1, G2, LANES, U, WQ, WK, WS,
-            WM,
+            LAM_SHARED, RULE, COUPLED, ACT, GATE, WRITE, False, False, TAPE, SHORT, LEVELS, G1, G2, LANES, U, WQ, WK,
+            WS, WF, WT, WM,
         )  # fmt: skip
     else:
         pid, n_tiles = tl.program_id(0) - blocks, tl.cdiv(n_tokens, BT)
@@ -144,25 +145,32 @@ def _replay(
     reads, final_state, tape,
 ):  # fmt: skip
     """Arguments of a replay, the compile-time ones apart, behind the launches that it needs."""
-    mem_q, mem_k, mem_v, beta, lam = tokens
+    mem_q, mem_k, mem_v, beta, lam = tokens if write else (tokens[0], *(None,) * 4)
     B, T, H, R = mem_q.shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    flags, CW = gate_flags(beta, lam, update_rule, activation, gated), cut.RP // cut.NB
+    flags, CW = gate_flags(beta, lam, update_rule, gated), cut.RP // cut.NB
+    longest = T if cu_seqlens is None else -(-T // max(N, 1))  # packed: the mean, all that the host knows
+    short = longest <= SHORT and not cut.levels
+    if activation and not short:
+        mem_q, mem_k = activated(mem_q, mem_k)
+        activation = False
     maps = map_biases = None
     if cut.levels:
         maps, map_biases = build_maps(cut, None, mem_v, mem_k, beta, lam, *biases, token_mask, cu_seqlens, flags, False)
-    ahead = 1 if T == 1 else AHEAD[cut.RP][1]
+    ahead = 1 if longest == 1 else AHEAD[cut.RP][2]
     while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
         ahead //= 2
+    tape = tape if tape_len else None
     arguments = (
-        given(mem_q), *map(given, (mem_k, mem_v, beta, lam) if write else (None,) * 4), *map(given, biases),
-        given(token_mask), cu_seqlens, given(initial_state), maps, map_biases, given(final_state),
-        tape if tape_len else None, given(reads), T, N, H, cut.L, cut.slots[0], cut.second, cut.third,
+        *map(given, (mem_q, mem_k, mem_v, beta, lam, *biases)), given(token_mask), cu_seqlens, given(initial_state),
+        maps, map_biases, given(final_state), tape, given(reads),
+        T, N, H, cut.L, cut.slots[0], cut.second, cut.third,
     )  # fmt: skip
     constants = dict(
-        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, WRITE=write, TAPE=tape_len, LEVELS=cut.levels,
-        G1=cut.group, G2=cut.supergroup, U=ahead, WQ=width(mem_q, R, CW), WK=width(mem_k, R, CW),
-        WS=width(initial_state, R, min(CW, 4)), WM=min(cut.RP, 4), num_stages=1,
+        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, ACT=activation, WRITE=write, TAPE=tape_len,
+        SHORT=short, LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup, U=ahead, WQ=width(mem_q, R, CW),
+        WK=width(mem_k, R, CW), WS=width(initial_state, R, CW), WF=width(final_state, R, CW), WT=width(tape, R, CW),
+        WM=min(cut.RP, 4), num_stages=1,
     )  # fmt: skip
     return arguments, constants
 
@@ -215,6 +223,6 @@ def scan_beside_prep(
         k, k_prep, k_norm_weight, cos, sin, positions, blocks, B * T, search_steps(N), heads, norm_eps,
         *outer_strides(k), *outer_strides(k_prep), *rotary_strides(cos), *rotary_strides(sin),
         *outer_strides(positions, 1),
-        **constants, ONE=T == 1, LANES=cut.LANES, GROUP=group, BT=BT, **rotary_flags(cos, interleaved, D),
+        **constants, LANES=cut.LANES, GROUP=group, BT=BT, **rotary_flags(cos, interleaved, D),
         num_warps=warps,
     )  # fmt: skip
