@@ -124,6 +124,7 @@ def launched(monkeypatch):
         "SUPERGROUP": 2,
         "SEQUENTIAL_SEGMENTS": 1,
         "FULL_LANES": 1 << 30,
+        "PACKED_TOKENS": 0,
     }.items():
         monkeypatch.setattr(scan_plan, name, value)
     monkeypatch.setattr(scan_prep, "FULL_WARPS", 1)
@@ -184,7 +185,8 @@ def test_joined_with_the_scan(case, launched):
     args = joined_args(**JOINED[case])
     results = check_joined(args)
     waits = args["v"] is not None or args["delta_k"] is not None
-    assert launched == [*MAPS, "replay_prep_kernel" if waits else "replay_beside_prep_kernel"]
+    activation = ["activate_kernel"] if args["use_qk_activation_in_kernel"] else []
+    assert launched == [*activation, *MAPS, "replay_prep_kernel" if waits else "replay_beside_prep_kernel"]
     if args["cu_seqlens"] is not None:
         assert all((x[:, args["cu_seqlens"][-1] :] == 0).all() for x in results[3:] if x.numel())
 
@@ -240,7 +242,7 @@ def test_chain_joins(launched, monkeypatch, capsys):
         results[backend] = (out, reads, final_state, *(x.grad for x in leaves))
     for got, want in zip(*results.values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert launched[:3] == [*MAPS[:2], "replay_prep_kernel"] and "replay_kernel" not in launched
+    assert launched[:4] == ["activate_kernel", *MAPS[:2], "replay_prep_kernel"] and "replay_kernel" not in launched
     explain(function, **arguments, backend="triton")
     told = [line.split("::")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  deltamem::")]
     assert told == ["delta_scan_prep_fwd.triton", "delta_attention_fwd.triton"]

@@ -5,7 +5,7 @@ import triton
 
 from .scan_activation import activate_kernel
 from .scan_maps import compose_maps_kernel, segment_maps_kernel
-from .scan_plan import AHEAD, FEW_LANES, MAP_VECTORS, WARP, Plan, given, width
+from .scan_plan import AHEAD, FEW_LANES, MAP_VECTORS, SHORT, WARP, Plan, given, width
 
 
 def gate_flags(beta, lam, update_rule, gated) -> dict:
@@ -30,6 +30,28 @@ def activated(mem_q, mem_k):
             WQ=width(mem_q, R, RP), WK=width(mem_k, R, RP), WZ=width(zq, R, RP), num_warps=1, num_stages=1,
         )  # fmt: skip
     return zq, zk
+
+
+def replay_inputs(cut: Plan, tokens, cu_seqlens, write, activation, tape_len, may_be_short=True):
+    """(tokens as a replay takes them, compile-time arguments that follow): q and k activated unless it does that."""
+    mem_q, mem_k, mem_v, beta, lam = tokens if write else (tokens[0], None, None, None, None)
+    T, R = mem_q.shape[1::2]
+    longest = T if cu_seqlens is None else -(-T // max(cu_seqlens.shape[0] - 1, 1))  # the mean: all the host knows
+    short = may_be_short and longest <= SHORT and not cut.levels
+    if activation and not short:
+        mem_q, mem_k = activated(mem_q, mem_k)
+    ahead = 1 if longest == 1 else AHEAD[cut.RP][2]
+    while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
+        ahead //= 2
+    CW = cut.RP // cut.NB
+    constants = {
+        "ACT": activation and short,
+        "SHORT": short,
+        "U": ahead,
+        "WQ": width(mem_q, R, CW),
+        "WK": width(mem_k, R, CW),
+    }
+    return (mem_q, mem_k, mem_v, beta, lam), constants
 
 
 def build_maps(cut: Plan, x, put, mem_k, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, flags, reverse):

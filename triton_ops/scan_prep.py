@@ -15,8 +15,8 @@ import triton.language as tl
 from .lift import columns
 from .prep_tiles import outer_strides, prep_heads, rotary_flags, rotary_strides, tile, token_angles
 from .prologue import pair_count
-from .scan_build import build_maps, gate_flags
-from .scan_plan import AHEAD, Plan, given, width
+from .scan_build import build_maps, gate_flags, replay_inputs
+from .scan_plan import Plan, given, width
 from .scan_replay import replay_kernel
 from .scan_tokens import segment_of
 from .sequences import search_steps, sequence_of
@@ -38,8 +38,9 @@ def replay_prep_kernel(
     stride_cb, stride_ct, stride_sb, stride_st, stride_pb,
     R: tl.constexpr, RP: tl.constexpr, NB: tl.constexpr, MAP_SHARED: tl.constexpr, SHARED: tl.constexpr,
     LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    WRITE: tl.constexpr, TAPE: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr, G2: tl.constexpr,
-    LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr, WM: tl.constexpr,
+    WRITE: tl.constexpr, TAPE: tl.constexpr, SHORT: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
+    G2: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr,
+    WF: tl.constexpr, WT: tl.constexpr, WM: tl.constexpr,
     SEGMENTS: tl.constexpr, BT: tl.constexpr, J: tl.constexpr, JC: tl.constexpr, GATHERED: tl.constexpr,
     HALF: tl.constexpr, INTERLEAVED: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +48,7 @@ def replay_prep_kernel(
     replay_kernel(
         mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, start, None, None, maps, biases,
         final, None, tape, reads, T, N, H, L, slots, second, third, R, RP, NB, MAP_SHARED, SHARED, LAM_SHARED, RULE,
-        COUPLED, ACT, GATE, WRITE, False, False, TAPE, False, LEVELS, G1, G2, LANES, U, WQ, WK, WS, WM,
+        COUPLED, ACT, GATE, WRITE, False, False, TAPE, SHORT, LEVELS, G1, G2, LANES, U, WQ, WK, WS, WF, WT, WM,
     )  # fmt: skip
     tl.debug_barrier()  # the reads that other threads of this program stored
 
@@ -99,18 +100,18 @@ def replay_beside_prep_kernel(
     stride_pb,
     R: tl.constexpr, RP: tl.constexpr, NB: tl.constexpr, MAP_SHARED: tl.constexpr, SHARED: tl.constexpr,
     LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
-    WRITE: tl.constexpr, TAPE: tl.constexpr, ONE: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
+    WRITE: tl.constexpr, TAPE: tl.constexpr, SHORT: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
     G2: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr,
-    WM: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr, GATHERED: tl.constexpr, HALF: tl.constexpr,
-    INTERLEAVED: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    WF: tl.constexpr, WT: tl.constexpr, WM: tl.constexpr, GROUP: tl.constexpr, BT: tl.constexpr,
+    GATHERED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """The first `blocks` programs replay, the others prepare x, a tile of tokens and GROUP heads each."""
     if tl.program_id(0) < blocks:
         replay_kernel(
             mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, start, None, None, maps,
             biases, final, None, tape, reads, T, N, H, L, slots, second, third, R, RP, NB, MAP_SHARED, SHARED,
-            LAM_SHARED, RULE, COUPLED, ACT, GATE, WRITE, False, False, TAPE, ONE, LEVELS, G1, G2, LANES, U, WQ, WK, WS,
-            WM,
+            LAM_SHARED, RULE, COUPLED, ACT, GATE, WRITE, False, False, TAPE, SHORT, LEVELS, G1, G2, LANES, U, WQ, WK,
+            WS, WF, WT, WM,
         )  # fmt: skip
     else:
         pid, n_tiles = tl.program_id(0) - blocks, tl.cdiv(n_tokens, BT)
@@ -141,28 +142,26 @@ def joins(cut: Plan, T: int, H: int) -> bool:
 
 def _replay(
     cut: Plan, tokens, biases, initial_state, token_mask, cu_seqlens, update_rule, write, activation, gated, tape_len,
-    reads, final_state, tape,
+    reads, final_state, tape, may_be_short,
 ):  # fmt: skip
     """Arguments of a replay, the compile-time ones apart, behind the launches that it needs."""
-    mem_q, mem_k, mem_v, beta, lam = tokens
-    B, T, H, R = mem_q.shape
+    B, T, H, R = tokens[0].shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    flags, CW = gate_flags(beta, lam, update_rule, activation, gated), cut.RP // cut.NB
+    flags, CW = gate_flags(*tokens[3:], update_rule, gated), cut.RP // cut.NB
+    tokens, inputs = replay_inputs(cut, tokens, cu_seqlens, write, activation, tape_len, may_be_short)
     maps = map_biases = None
     if cut.levels:
+        _, mem_k, mem_v, beta, lam = tokens
         maps, map_biases = build_maps(cut, None, mem_v, mem_k, beta, lam, *biases, token_mask, cu_seqlens, flags, False)
-    ahead = 1 if T == 1 else AHEAD[cut.RP][1]
-    while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
-        ahead //= 2
     arguments = (
-        given(mem_q), *map(given, (mem_k, mem_v, beta, lam) if write else (None,) * 4), *map(given, biases),
-        given(token_mask), cu_seqlens, given(initial_state), maps, map_biases, given(final_state),
-        tape if tape_len else None, given(reads), T, N, H, cut.L, cut.slots[0], cut.second, cut.third,
+        *map(given, (*tokens, *biases)), given(token_mask), cu_seqlens, given(initial_state), maps, map_biases,
+        given(final_state), tape if tape_len else None, given(reads), T, N, H, cut.L, cut.slots[0], cut.second,
+        cut.third,
     )  # fmt: skip
     constants = dict(
-        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, WRITE=write, TAPE=tape_len, LEVELS=cut.levels,
-        G1=cut.group, G2=cut.supergroup, U=ahead, WQ=width(mem_q, R, CW), WK=width(mem_k, R, CW),
-        WS=width(initial_state, R, min(CW, 4)), WM=min(cut.RP, 4), num_stages=1,
+        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, **inputs, WRITE=write, TAPE=tape_len,
+        LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup, WS=width(initial_state, R, CW),
+        WF=width(final_state, R, CW), WT=width(tape if tape_len else None, R, CW), WM=min(cut.RP, 4), num_stages=1,
     )  # fmt: skip
     return arguments, constants
 
@@ -175,7 +174,7 @@ def scan_prep(
     """Fills reads, final_state, tape (a state every tape_len tokens; 0: none), and k_prep, v_prep of k, v given."""
     arguments, constants = _replay(
         cut, tokens, biases, initial_state, token_mask, cu_seqlens, update_rule, write, activation, gated, tape_len,
-        reads, final_state, tape,
+        reads, final_state, tape, False,
     )  # fmt: skip
     H, R = reads.shape[2:]
     HKV, D = (v if k is None else k).shape[2:]
@@ -203,7 +202,7 @@ def scan_beside_prep(
     """The same where reads correct nothing, and v, which nothing else changes, is None."""
     arguments, constants = _replay(
         cut, tokens, biases, initial_state, token_mask, cu_seqlens, update_rule, write, activation, gated, tape_len,
-        reads, final_state, tape,
+        reads, final_state, tape, True,
     )  # fmt: skip
     B, T, heads, D = k.shape
     N = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -215,6 +214,6 @@ def scan_beside_prep(
         k, k_prep, k_norm_weight, cos, sin, positions, blocks, B * T, search_steps(N), heads, norm_eps,
         *outer_strides(k), *outer_strides(k_prep), *rotary_strides(cos), *rotary_strides(sin),
         *outer_strides(positions, 1),
-        **constants, ONE=T == 1, LANES=cut.LANES, GROUP=group, BT=BT, **rotary_flags(cos, interleaved, D),
+        **constants, LANES=cut.LANES, GROUP=group, BT=BT, **rotary_flags(cos, interleaved, D),
         num_warps=warps,
     )  # fmt: skip
