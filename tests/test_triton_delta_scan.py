@@ -34,7 +34,7 @@ def segmented(monkeypatch, launched):
     monkeypatch.setattr(scan_plan, "FULL_LANES", 1 << 30)
     monkeypatch.setattr(scan_plan, "PACKED_TOKENS", 0)
     for RP in scan_plan.AHEAD:  # what a segment of three tokens can use
-        monkeypatch.setitem(scan_plan.AHEAD, RP, (2, 2, 2))
+        monkeypatch.setitem(scan_plan.AHEAD, RP, (2, 2, 2, 2))
     monkeypatch.setitem(scan_plan.MAP_VECTORS, 4, (3, 5))
     return launched
 
@@ -145,7 +145,7 @@ def test_several_vectors_a_lane_and_joined_segments(segmented, monkeypatch):
     monkeypatch.setattr(scan_build, "FEW_LANES", 0)
     monkeypatch.setattr(scan_plan, "REVERSE_LANES", 16)
     monkeypatch.setattr(scan_plan, "WARP", 32)
-    monkeypatch.setitem(scan_plan.AHEAD, 4, (8, 8, 8))
+    monkeypatch.setitem(scan_plan.AHEAD, 4, (8, 8, 8, 8))
     check_scan("triton", scan_args(**SMALL | {"T": 19}))
     assert segmented.count("segment_maps_kernel") == 2
 

@@ -40,7 +40,7 @@ def replay_inputs(cut: Plan, tokens, cu_seqlens, write, activation, tape_len, ma
     short = may_be_short and longest <= SHORT and not cut.levels
     if activation and not short:
         mem_q, mem_k = activated(mem_q, mem_k)
-    ahead = 1 if longest == 1 else AHEAD[cut.RP][2]
+    ahead = 1 if longest == 1 else AHEAD[cut.RP][-1]
     while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
         ahead //= 2
     CW = cut.RP // cut.NB
@@ -65,13 +65,13 @@ def build_maps(cut: Plan, x, put, mem_k, beta, lam, beta_bias, lam_bias, token_m
     vectors = 2 if cut.map_shared else few if cut.slots[0] * H * RP <= FEW_LANES else many
     turns = 1 if cut.map_shared else -(-(RP + 1) // vectors)
     options = {"num_warps": cut.num_warps, "num_stages": 1}
-    wide = reverse and x.dtype == torch.float32  # q in flight besides k
+    wide = reverse and x.dtype == torch.float32
     blocks = cut.blocks(cut.slots[0], H)
     segment_maps_kernel[(blocks * turns,)](
         given(x), given(put), given(mem_k), given(beta), given(lam), given(beta_bias), given(lam_bias),
         given(token_mask), cu_seqlens, maps, biases, T, N, H, cut.L, blocks,
         R=R, RP=RP, VECTORS=vectors, MAP_SHARED=cut.map_shared, **flags, REVERSE=reverse, LANES=LANES,
-        U=AHEAD[RP][vectors > 1 or wide], WX=width(x, R, RP), WK=width(mem_k, R, RP), WM=min(RP, 4), **options,
+        U=AHEAD[RP][(vectors > 1) + wide], WX=width(x, R, RP), WK=width(mem_k, R, RP), WM=min(RP, 4), **options,
     )  # fmt: skip
     source, L = 0, cut.L
     for slots, G in zip(cut.slots[1:], (cut.group, cut.supergroup), strict=False):
