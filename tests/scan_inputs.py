@@ -14,14 +14,13 @@ def ints(*values):
 
 def scan_args(
     B=2, T=70, H=2, R=8, rule="standard", free=False, gate=None, raw=False, dtypes=(FP32,), state=True, packed=None,
-    mask=None, segment_len=0,
+    mask=None, segment_len=0, gates=(0.0, 0.0),
 ):  # fmt: skip
     """Arguments of delta_scan_fwd. raw: activations and gates are the op's; dtypes: of q, k, v, beta, lam in turns;
-    packed: the ends of the sequences; mask: the share of masked tokens."""
+    packed: the ends of the sequences; mask: the share of masked tokens; gates: logits around which beta and lam lie."""
     B, N = (1, len(packed) - 1) if packed else (B, B)
     q, k, v = (torch.randn(B, T, H, R) for _ in range(3))
-    # Gates that remember: what a state still holds of the first token, and its gradient, stay far above rounding.
-    beta, lam = torch.randn(B, T, H, gate or R) - 2, torch.randn(B, T, H, gate or R) + 3
+    beta, lam = (torch.randn(B, T, H, gate or R) + logit for logit in gates)
     if not raw:
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
         beta, lam = beta.sigmoid(), lam.sigmoid()

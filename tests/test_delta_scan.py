@@ -116,7 +116,8 @@ def test_read_only(backend, raw):
 @pytest.mark.parametrize("cotangent", ("dreads", "dfinal_state"))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_absent_cotangents(backend, cotangent):
-    check_scan(backend, scan_args(free=True), **{cotangent: False})
+    # Gates that remember: else what reaches dinitial_state of 70 tokens' reads alone is rounding.
+    check_scan(backend, scan_args(free=True, gates=(-2.0, 3.0)), **{cotangent: False})
 
 
 # With fewer rows and heads than threads, the backward pass shares out segments.
