@@ -93,8 +93,9 @@ def _with_memory(base: type) -> type:
     if hasattr(base, "crop"):
 
         def crop(self, tokens_to_remove):
-            length = self.get_seq_length()
-            removed = -tokens_to_remove
+            length, count = self.get_seq_length(), int(tokens_to_remove)  # which may be a tensor
+            # positive: the length to keep, in versions of transformers that know it
+            removed = length - count if count > 0 else -count
             known = self.delta_state is not None and removed != 0
             if known and 0 < removed < length and not self.record_past:
                 raise RuntimeError(
