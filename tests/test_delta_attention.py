@@ -42,7 +42,10 @@ SHAPES = [  # T, HQ, HKV, D
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(backend, dtype, shape):
     check_forward(backend, inputs(*shape, dtype))
-    check_forward(backend, inputs(*shape, dtype, prologue=True, causal=False))
+    args = inputs(*shape, dtype, prologue=True, causal=False)
+    if shape[3] == 1:  # RMSNorm of one channel is little but its sign: a small eps would magnify any rounding near 0
+        args["norm_eps"] = 1.0
+    check_forward(backend, args)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
