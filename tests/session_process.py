@@ -44,6 +44,22 @@ def continue_session(session):
     return said + list(session.stream(message(7), max_new_tokens=6, temperature=1.0, top_k=20, stop=()))
 
 
+def byte_tokenizer():
+    """A transformers tokenizer of bytes, with a chat template that opens with a system message."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", bos_token="<begin>")
+    tokenizer.chat_template = (
+        "{{ '<begin>' }}be kind\n{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
 def main(folder, *cases):
     for case in cases:
         session = hf.DeltaMemSession.load(Path(folder) / case / "saved", case_model(case))

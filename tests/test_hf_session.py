@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from hf_models import attached, error, random_model, randomize
-from session_process import CASES, case_model, continue_session, decoder, message
+from session_process import CASES, byte_tokenizer, case_model, continue_session, decoder, message
 from transformers import DynamicCache
 from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
@@ -327,17 +327,7 @@ def test_interrupted_save_leaves_the_session_before_it(saved, tmp_path, monkeypa
 
 
 def test_text():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>", bos_token="<begin>")
-    tokenizer.chat_template = (
-        "{{ '<begin>' }}be kind\n{% for m in messages %}[{{ m.role }}]{{ m.content }}<end>\n{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    tokenizer = byte_tokenizer()
     model = attached(model=random_model(vocab_size=258))
     session = hf.DeltaMemSession(model, tokenizer)
     say_nothing = {"max_new_tokens": 0}
