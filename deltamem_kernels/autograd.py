@@ -23,7 +23,6 @@ def _dense(*cotangents):
 class DeltaScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, direct, backend, scan, token_mask, cu_seqlens, initial_state, *memory):
-        memory = fused.Memory(*memory)
         ctx.set_materialize_grads(False)
         reads, final_state, tape = fused.scan_forward(
             kernels(direct, backend), memory, scan, initial_state, token_mask, cu_seqlens, True

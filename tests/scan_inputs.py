@@ -20,7 +20,8 @@ def scan_args(
     packed: the ends of the sequences; mask: the share of masked tokens."""
     B, N = (1, len(packed) - 1) if packed else (B, B)
     q, k, v = (torch.randn(B, T, H, R) for _ in range(3))
-    beta, lam = (torch.randn(B, T, H, gate or R) for _ in range(2))
+    # Gates that remember: what a state still holds of the first token, and its gradient, stay far above rounding.
+    beta, lam = torch.randn(B, T, H, gate or R) - 2, torch.randn(B, T, H, gate or R) + 3
     if not raw:
         q, k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
         beta, lam = beta.sigmoid(), lam.sigmoid()

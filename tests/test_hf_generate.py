@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import transformers
-from hf_models import FAMILIES, attached, error, paths, random_model
-from transformers import CompileConfig, QuantizedCache
+from hf_models import FAMILIES, attached, error, paths
+from transformers import QuantizedCache
 
 from deltamem_kernels import hf
 
@@ -20,12 +20,6 @@ def _prompt(T=17):
     """A prompt whose second half repeats, so that prompt lookup drafts."""
     ids = torch.randint(3, 64, (1, T), generator=torch.Generator().manual_seed(11))
     return torch.cat([ids[:, : T // 2], ids], 1)
-
-
-def _compiled():
-    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    config._compile_all_devices = True
-    return config
 
 
 MODES = {
@@ -72,24 +66,6 @@ def test_left_padded_batch_equals_singles(name, mode):
     for i, p in enumerate(prompts):
         single = model.generate(p, **GREEDY, **options)
         assert torch.equal(batch[i, longest:], single[0, p.shape[1] :]), i
-
-
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
-def test_static_cache_compiles_into_one_graph(name):
-    own = {"layer_types": ["sliding_attention", "full_attention"]} if name == "gemma3" else {}
-    model = attached(model=random_model(name, num_hidden_layers=2, **own))
-    ids = _prompt()
-    greedy = GREEDY | {"max_new_tokens": 4}
-    expected = model.generate(ids, **greedy)
-    torch._dynamo.reset()
-    compiled = {"cache_implementation": "static", "compile_config": _compiled()}
-    torch._dynamo.utils.counters.clear()
-    assert torch.equal(model.generate(ids, **greedy, **compiled), expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
-    out = model.generate(padded, attention_mask=(padded != 0).long(), **greedy, **compiled)
-    assert torch.equal(out[:, 3:], expected)
-    torch._dynamo.reset()
 
 
 def test_generate_takes_state_write_and_segments():

@@ -1,8 +1,6 @@
 // Gradients of the scan: segment after segment from the last, each replayed from its start state on the tape.
-// A thread takes a row and head. Where these are fewer than the threads, the threads share out segments: a
-// cheap pass ahead carries the state's gradient alone from segment to segment. Both ways give the same bits.
-#include <sched.h>
-
+// A thread takes a row and head. Where these are fewer than the threads, each is shared: a thread carries
+// only the state's gradient down to its own part, which is cheap, and no thread waits for another. Same bits.
 #include "cpu/kernels.h"
 #include "cpu/scan_kernel.h"
 
@@ -51,71 +49,34 @@ Sequence sequence_of(const DeltaScanBwdParams& p, int64_t item) {
   return {row, item % heads, span, p.fwd.rows.cu_seqlens ? span.start / L + row : row * segments, segments};
 }
 
-// The work of a call, shared by its threads.
+// How a call is cut: every row and head into `parts` runs of segments, so long that all take the same time.
 struct Work {
-  const int64_t items, heads, state_size;
-  int64_t longest = 0, slots = 0;  // segments of an item, and of all rows, at most
-  bool chained = false;            // threads share segments
-  int threads;
-  int64_t next_item = 0, next_segment = 0;
+  int64_t items, heads, slots = 0;  // slots: segments of all rows
+  int64_t parts;
 
   Work(const DeltaScanBwdParams& p, int num_threads)
       : items(num_rows(p.fwd.rows, p.fwd.memory.mem_q.size[0]) * p.fwd.memory.mem_q.size[2]),
         heads(p.fwd.memory.mem_q.size[2]),
-        state_size(padded_rank(p.fwd.memory.mem_q.size[3]) * padded_rank(p.fwd.memory.mem_q.size[3])) {
+        parts(max<int64_t>(1, num_threads / max<int64_t>(1, items))) {
     for (int64_t i = 0; i < items; i += heads) {
       const Sequence x = sequence_of(p, i);
-      longest = max(longest, x.segments);
       slots = x.first + x.segments;
     }
-    // A chain takes about a third of the time of its segments' gradients.
-    chained = 4 * items <= 3 * num_threads && longest >= kChained;
-    threads = team(num_threads, chained ? 4 * items : items);
   }
 
-  // The next piece, in order.
-  static int64_t claim(int64_t& next) { return __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED); }
-
- private:
-  static constexpr int64_t kChained = 8;  // fewer segments are not worth waking a thread
-};
-
-// The gradients of the states after the segments, and of every item, how many of its are known, from the
-// last.
-struct Chains {
-  explicit Chains(const Work& work)
-      : work_(work),
-        dstates_(work.chained ? work.slots * work.heads * work.state_size : 0),
-        known_(kLine * work.items) {
-    for (int64_t i = 0; i < work.items; ++i) known_[kLine * i] = 0;
-  }
-  float* dstate(const Sequence& x, int64_t segment) {
-    return dstates_ + ((x.first + segment) * work_.heads + x.head) * work_.state_size;
-  }
-  void publish(int64_t item, int64_t count) {
-    __atomic_store_n(&known_[kLine * item], count, __ATOMIC_RELEASE);
-  }
-  void wait(int64_t item, int64_t count) {
-    for (int spins = 0; __atomic_load_n(&known_[kLine * item], __ATOMIC_ACQUIRE) < count; ++spins) {
-      if (spins < kSpins) {
-        pause();
-      } else {
-        sched_yield();  // the chain's thread may want this core
-      }
-    }
+  // Where part i begins, in segments from the end of the row. A carried segment costs 1 - kReversed of a
+  // reversed one: parts take the same time where (1 - kReversed^i) / (1 - kReversed^parts) of the row is
+  // carried.
+  int64_t begin(const Sequence& x, int64_t i) const {
+    if (x.segments < kShared) return i == 0 ? 0 : x.segments;
+    double left = 1, least = 1;
+    for (int64_t n = 0; n < parts; ++n) left *= n < i ? kReversed : 1, least *= kReversed;
+    return static_cast<int64_t>(x.segments * (1 - left) / (1 - least) + 0.5);
   }
 
  private:
-  static constexpr int64_t kLine = 64 / sizeof(int64_t);  // a cache line each
-  static constexpr int kSpins = 1000;
-  static void pause() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  const Work& work_;
-  Buffer<float> dstates_;
-  Buffer<int64_t> known_;
+  static constexpr double kReversed = 0.6;
+  static constexpr int64_t kShared = 8;  // fewer segments are not worth another thread
 };
 
 // What gate biases receive of every segment: [segments, heads, 2 (beta, lam), kMaxRank].
@@ -135,10 +96,9 @@ struct BiasParts {
 // One thread's passes over segments.
 class SegmentReverse {
  public:
-  SegmentReverse(const DeltaScanBwdParams& p, Chains& chains, BiasParts& bias)
+  SegmentReverse(const DeltaScanBwdParams& p, BiasParts& bias)
       : p_(p),
         m_(p.fwd.memory),
-        chains_(chains),
         bias_(bias),
         rank_(m_.mem_q.size[3]),
         width_(padded_rank(rank_)),
@@ -152,46 +112,21 @@ class SegmentReverse {
         gradients_(5 * segment_ * width_),
         runs_(segment_) {}
 
-  // A whole row and head.
-  void reverse_item(int64_t item) {
-    start(item);
-    for (int64_t s = x_.segments - 1; s >= 0; --s) reverse_segment(s);
-    finish();
-  }
-
-  // Only the gradients of its states, published for reverse_published.
-  void chain_item(int64_t item) {
-    start(item);
-    for (int64_t s = x_.segments - 1; s >= 0; --s) {
-      std::memcpy(chains_.dstate(x_, s), dstate_, state_size_ * sizeof(float));
-      chains_.publish(item, x_.segments - s);
-      carry_segment(s);
-    }
-    finish();
-  }
-
-  // The segment that `later` ones of its row follow, once its chain has come so far.
-  void reverse_published(int64_t item, int64_t later) {
-    x_ = sequence_of(p_, item);
-    const int64_t s = x_.segments - 1 - later;
-    if (s < 0) return;
-    chains_.wait(item, later + 1);
-    std::memcpy(dstate_, chains_.dstate(x_, s), state_size_ * sizeof(float));
-    reverse_segment(s);
+  // Segments [begin, end) of a row and head, counted from its end.
+  void reverse_part(const Sequence& x, int64_t begin, int64_t end) {
+    x_ = x;
+    const int64_t first = x.segments - end;
+    int64_t s = x.segments - 1;
+    load_state(p_.dfinal_state, x.row, x.head, rank_, dstate_);
+    for (; s >= x.segments - begin; --s) carry_segment(s);
+    for (; s >= first; --s) reverse_segment(s);
+    if (first == 0 && p_.dinitial_state) store_state(p_.dinitial_state, x.row, x.head, dstate_);
   }
 
  private:
   struct Run {
     int64_t first, count;
   };
-
-  void start(int64_t item) {
-    x_ = sequence_of(p_, item);
-    load_state(p_.dfinal_state, x_.row, x_.head, rank_, dstate_);
-  }
-  void finish() {
-    if (p_.dinitial_state) store_state(p_.dinitial_state, x_.row, x_.head, dstate_);
-  }
 
   int64_t begin_of(int64_t segment) { return x_.span.start + segment * p_.fwd.segment_len; }
   int64_t end_of(int64_t segment) { return min(begin_of(segment + 1), x_.span.start + x_.span.length); }
@@ -207,9 +142,7 @@ class SegmentReverse {
     return runs;
   }
 
-  Steps load(const Run& run, bool pairs) {
-    return loader_.load(x_.span.batch, run.first, run.count, x_.head, pairs);
-  }
+  Steps load(const Run& run) { return loader_.load(x_.span.batch, run.first, run.count, x_.head); }
   Stream dreads_of(const Run& run) {
     if (!p_.dreads) return {kZeros, 0};
     return loader_.rows(p_.dreads, x_.span.batch, run.first, run.count, x_.head);
@@ -217,7 +150,7 @@ class SegmentReverse {
 
   void carry_segment(int64_t segment) {
     for (int64_t r = find_runs(segment) - 1; r >= 0; --r) {
-      const Steps steps = load(runs_[r], false);
+      const Steps steps = load(runs_[r]);
       if (m_.write) {
         carry(m_.update_rule, dstate_, steps, runs_[r].count, dreads_of(runs_[r]));
       } else {
@@ -237,7 +170,7 @@ class SegmentReverse {
     Steps steps;
     for (int64_t r = 0; r < runs; ++r) {
       for (; t < runs_[r].first; ++t) zero_gradients(t);
-      steps = load(runs_[r], true);
+      steps = load(runs_[r]);
       if (m_.write) {
         replay(m_.update_rule, state_, steps, runs_[r].count, history_ + tokens * state_size_,
                recalled_ + tokens * width_);
@@ -246,7 +179,7 @@ class SegmentReverse {
     }
     for (; t < end_of(segment); ++t) zero_gradients(t);
     for (int64_t r = runs - 1; r >= 0; --r) {
-      if (r < runs - 1) steps = load(runs_[r], false);
+      if (r < runs - 1) steps = load(runs_[r]);
       tokens -= runs_[r].count;
       reverse_run(steps, runs_[r], tokens);
     }
@@ -310,7 +243,7 @@ class SegmentReverse {
   void finish_gate(const Tensor& d, const StepGradients::Target& x, const Stream& gate, double* dbias,
                    int64_t first, int64_t count) {
     const int64_t entries = d.size[3];
-    for (int64_t t = 0; t < count; ++t) {
+    for (int64_t t = 0; t < count && (entries < rank_ || m_.gate); ++t) {
       float* dx = x.at(t);
       for (int64_t i = 1; entries == 1 && i < rank_; ++i) dx[0] += dx[i];
       for (int64_t i = 0; m_.gate && i < entries; ++i) {
@@ -329,7 +262,6 @@ class SegmentReverse {
 
   const DeltaScanBwdParams& p_;
   const Memory& m_;
-  Chains& chains_;
   BiasParts& bias_;
   const int64_t rank_;
   const int width_;
@@ -369,19 +301,17 @@ void sum_bias(const Tensor& d, const DeltaScanBwdParams& p, BiasParts& parts, in
 
 void delta_scan_bwd(const DeltaScanBwdParams& p, int num_threads) {
   const Memory& m = p.fwd.memory;
-  Work work(p, num_threads);
-  Chains chains(work);
+  const Work work(p, num_threads);
   BiasParts bias(p, work);
-#pragma omp parallel num_threads(work.threads) if (work.threads > 1)
+  const int64_t parts = work.items * work.parts, threads = team(num_threads, parts);
+#pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    SegmentReverse thread(p, chains, bias);
-    // All chains are taken before any thread waits for one.
-    for (int64_t i; (i = Work::claim(work.next_item)) < work.items;) {
-      work.chained ? thread.chain_item(i) : thread.reverse_item(i);
-    }
-    const int64_t segments = work.chained ? work.longest * work.items : 0;
-    for (int64_t i; (i = Work::claim(work.next_segment)) < segments;) {
-      thread.reverse_published(i % work.items, i / work.items);
+    SegmentReverse thread(p, bias);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t i = 0; i < parts; ++i) {
+      const Sequence x = sequence_of(p, i % work.items);
+      const int64_t begin = work.begin(x, i / work.items), end = work.begin(x, i / work.items + 1);
+      if (begin < end || (x.segments == 0 && i < work.items)) thread.reverse_part(x, begin, end);
     }
   }
   sum_bias(p.dbeta_bias, p, bias, work.items, 0);

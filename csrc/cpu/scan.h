@@ -34,9 +34,8 @@ class StepsLoader {
   // For runs of at most `block` tokens.
   StepsLoader(const Memory& memory, int64_t block);
 
-  // Prepares tokens [first, first + count) of batch row `batch`; valid until the next call. Steps::pairs may
-  // be left out.
-  Steps load(int64_t batch, int64_t first, int64_t count, int64_t head, bool pairs = true);
+  // Prepares tokens [first, first + count) of batch row `batch`; valid until the next call.
+  Steps load(int64_t batch, int64_t first, int64_t count, int64_t head);
 
   // Rows of one more tensor of the same tokens, valid as long as the Steps loaded before.
   Stream rows(const Tensor& t, int64_t batch, int64_t first, int64_t count, int64_t head, bool fresh = false);
@@ -81,7 +80,7 @@ struct StepGradients {
 };
 
 // dstate, of the state after the run -> of the state before it. beta and lam gradients are of the gates
-// themselves; a coupled beta's is total.
+// themselves; a coupled beta's is total. Fetches the `count` tokens before into the cache.
 void reverse(UpdateRule rule, float* dstate, const Steps& steps, int64_t count, const float* history,
              const float* recalled, const Stream& dreads, const StepGradients& out);
 // The gradient of the state alone, the same to the bit.

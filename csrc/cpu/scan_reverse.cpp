@@ -1,6 +1,8 @@
 // The scan's backward kernels. Per row i of S, with s = s_{t-1,i}, g = dS_t,i, a = s.k_t, h = g.k_t:
 //   dkeep = g.s    derase = -a h    dwrite = v h    dv = write h    dq = sum_i dr_i s
 //   dk = sum_i (write v - erase a) g - erase h s    g_{t-1} = keep g - erase h k_t + dr q_t
+// Two tokens a turn, t and t-1: g_{t-1}.k' = keep (g.k') - erase h (k_t.k') + dr (q_t.k'), so what runs from
+// g to g is passed once for both.
 #include "cpu/scan_kernel.h"
 
 namespace deltamem::DELTAMEM_ISA {
@@ -51,13 +53,22 @@ void replay_rows(float* state, const Steps& steps, int row, int64_t count, float
   for (int j = 0; j < cols; ++j) store_lanes<W>(state + j * width + row, s[j]);
 }
 
-// One column of g_{t-1}. Both kernels that carry g round it the same way, so that a segment may start from
-// either's; taken = erase h.
+// What runs from token to token. Both kernels that carry g round it the same way, so that a segment may start
+// from either's.
 template <int W>
-inline __attribute__((always_inline)) RowOf<W> previous(RowOf<W> g, RowOf<W> keep, RowOf<W> taken,
-                                                        RowOf<W> dr, float k, float q) {
-  return fma<W>(-taken, broadcast_lanes<W>(k), fma<W>(dr, broadcast_lanes<W>(q), keep * g));
-}
+struct Carry {
+  RowOf<W> keep, taken, dr;  // taken = erase h
+  const float *k, *q;
+
+  // Column j of g_{t-1}.
+  inline __attribute__((always_inline)) RowOf<W> column(RowOf<W> g, int j) const {
+    return fma<W>(-taken, broadcast_lanes<W>(k[j]), fma<W>(dr, broadcast_lanes<W>(q[j]), keep * g));
+  }
+  // h of the token before, from g.k' of its k' = k_{t-1}; kk = k_t.k', kq = q_t.k'.
+  inline __attribute__((always_inline)) RowOf<W> before(RowOf<W> gk, float kk, float kq) const {
+    return fma<W>(-taken, broadcast_lanes<W>(kk), fma<W>(dr, broadcast_lanes<W>(kq), keep * gk));
+  }
+};
 
 // W rows of the state's gradient alone.
 template <UpdateRule RULE, bool COUPLED, int W, int COLS>
@@ -69,14 +80,25 @@ void carry_rows(float* dstate, const Steps& steps, int row, int64_t count, const
   V g[COLS ? COLS : kMaxRank];
 #pragma GCC unroll 16
   for (int j = 0; j < cols; ++j) g[j] = load_lanes<W>(dstate + j * cols + row);
-  for (int64_t t = count - 1; t >= 0; --t) {
-    const float *k = x.k.at(t), *q = x.q.at(t);
-    V h[1], dr = load_lanes<W>(reads.at(t) + row);
-    multiply<W, COLS, 1>(g, cols, {k}, h);
+  auto carry_of = [&](int64_t t, V h) __attribute__((always_inline)) {
     auto w = write_of<RULE, COUPLED, W>(x, t, row);
-    V taken = w.erase * h[0];
+    return Carry<W>{w.keep, w.erase * h, load_lanes<W>(reads.at(t) + row), x.k.at(t), x.q.at(t)};
+  };
+  int64_t t = count - 1;
+  if (count % 2 == 1) {
+    V h[1];
+    multiply<W, COLS, 1>(g, cols, {x.k.at(t)}, h);
+    Carry<W> c = carry_of(t--, h[0]);
 #pragma GCC unroll 16
-    for (int j = 0; j < cols; ++j) g[j] = previous<W>(g[j], w.keep, taken, dr, k[j], q[j]);
+    for (int j = 0; j < cols; ++j) g[j] = c.column(g[j], j);
+  }
+  for (; t > 0; t -= 2) {
+    V h[2];
+    multiply<W, COLS, 2>(g, cols, {x.k.at(t), x.k.at(t - 1)}, h);
+    Carry<W> c = carry_of(t, h[0]);
+    Carry<W> next = carry_of(t - 1, c.before(h[1], x.pairs[t - 1], x.pairs[t]));
+#pragma GCC unroll 16
+    for (int j = 0; j < cols; ++j) g[j] = next.column(c.column(g[j], j), j);
   }
 #pragma GCC unroll 16
   for (int j = 0; j < cols; ++j) store_lanes<W>(dstate + j * cols + row, g[j]);
@@ -114,17 +136,17 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
 #pragma GCC unroll 16
     for (int j = 0; j < cols; ++j) g[i][j] = load_lanes<W>(dstate + j * width + i * W);
   }
-  for (int64_t t = count - 1; t >= 0; --t) {
-    const float *k = x.k.at(t), *q = x.q.at(t), *s = history + t * width * width;
-    V keep[kGroups], u[kGroups], taken[kGroups], dr[kGroups];
+  // One token, from its h.
+  auto step = [&](int64_t t, const V* h, Carry<W>* carry) __attribute__((always_inline)) {
+    const float* s = history + t * width * width;
+    V u[kGroups];
 #pragma GCC unroll 2
     for (int i = 0; i < groups; ++i) {
       const int row = i * W;
-      V h[1], a = load_lanes<W>(recalled + t * width + row);
-      multiply<W, COLS, 1>(g[i], cols, {k}, h);
+      V a = load_lanes<W>(recalled + t * width + row);
       auto w = write_of<RULE, COUPLED, W>(x, t, row);
-      keep[i] = w.keep, taken[i] = w.erase * h[0], u[i] = w.write * w.v - w.erase * a;
-      dr[i] = load_lanes<W>(dreads.at(t) + row);
+      carry[i] = {w.keep, w.erase * h[i], load_lanes<W>(dreads.at(t) + row), x.k.at(t), x.q.at(t)};
+      u[i] = w.write * w.v - w.erase * a;
       V dkeep = V{}, odd = V{};
 #pragma GCC unroll 16
       for (int j = 0; j < cols; j += 2) {
@@ -132,9 +154,9 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
         odd = g[i][j + 1] * load_lanes<W>(s + (j + 1) * width + row) + odd;
       }
       dkeep += odd;
-      store_lanes<W>(out.v.at(t) + row, w.write * h[0]);
+      store_lanes<W>(out.v.at(t) + row, w.write * h[i]);
       V lam = COUPLED ? w.keep : load_lanes<W>(x.lam.at(t) + row);
-      auto d = gates_bwd(RULE, COUPLED, Gates<V>{dkeep, -a * h[0], w.v * h[0]}, w.write, lam);
+      auto d = gates_bwd(RULE, COUPLED, Gates<V>{dkeep, -a * h[i], w.v * h[i]}, w.write, lam);
       store_lanes<W>(out.beta.at(t) + row, d.beta);
       if (!COUPLED) store_lanes<W>(out.lam.at(t) + row, d.lam);
     }
@@ -144,20 +166,20 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
       V sums[W];
 #pragma GCC unroll 16
       for (int c = 0; c < W; ++c) {
-        sums[c] = dr[0] * load_lanes<W>(s + (column + c) * width);
+        sums[c] = carry[0].dr * load_lanes<W>(s + (column + c) * width);
 #pragma GCC unroll 2
         for (int i = 1; i < groups; ++i) {
-          sums[c] = dr[i] * load_lanes<W>(s + (column + c) * width + i * W) + sums[c];
+          sums[c] = carry[i].dr * load_lanes<W>(s + (column + c) * width + i * W) + sums[c];
         }
       }
       store_lanes<W>(out.q.at(t) + column, lane_sums<W>(sums));
 #pragma GCC unroll 16
       for (int c = 0; c < W; ++c) {
-        sums[c] = u[0] * g[0][column + c] - taken[0] * load_lanes<W>(s + (column + c) * width);
+        sums[c] = u[0] * g[0][column + c] - carry[0].taken * load_lanes<W>(s + (column + c) * width);
 #pragma GCC unroll 2
         for (int i = 1; i < groups; ++i) {
           sums[c] = u[i] * g[i][column + c] + sums[c];
-          sums[c] = sums[c] - taken[i] * load_lanes<W>(s + (column + c) * width + i * W);
+          sums[c] = sums[c] - carry[i].taken * load_lanes<W>(s + (column + c) * width + i * W);
         }
       }
       store_lanes<W>(out.k.at(t) + column, lane_sums<W>(sums));
@@ -165,10 +187,38 @@ void reverse_rows(float* dstate, const Steps& steps, int64_t count, const float*
 #pragma GCC unroll 2
     for (int i = 0; i < groups; ++i) {
 #pragma GCC unroll 16
-      for (int j = 0; j < cols; ++j) {
-        g[i][j] = previous<W>(g[i][j], keep[i], taken[i], dr[i], k[j], q[j]);
-      }
+      for (int j = 0; j < cols; ++j) g[i][j] = carry[i].column(g[i][j], j);
     }
+  };
+  // The segment before, into cache: of two tokens once, which is a cache line of narrow rows.
+  auto fetch = [&](int64_t t) __attribute__((always_inline)) {
+    for (const Stream* a : {&x.q, &x.k, &x.v, &x.beta, &dreads}) __builtin_prefetch(a->at(t), 0);
+    for (const auto* a : {&out.q, &out.k, &out.v, &out.beta}) __builtin_prefetch(a->at(t), 1);
+  };
+  Carry<W> carry[kGroups];
+  V h[kGroups], before[kGroups];
+  int64_t t = count - 1;
+  if (count % 2 == 1) {
+#pragma GCC unroll 2
+    for (int i = 0; i < groups; ++i) {
+      V gk[1];
+      multiply<W, COLS, 1>(g[i], cols, {x.k.at(t)}, gk);
+      h[i] = gk[0];
+    }
+    step(t--, h, carry);
+  }
+  for (; t > 0; t -= 2) {
+#pragma GCC unroll 2
+    for (int i = 0; i < groups; ++i) {
+      V gk[2];
+      multiply<W, COLS, 2>(g[i], cols, {x.k.at(t), x.k.at(t - 1)}, gk);
+      h[i] = gk[0], before[i] = gk[1];
+    }
+    step(t, h, carry);
+    fetch(t - count);
+#pragma GCC unroll 2
+    for (int i = 0; i < groups; ++i) h[i] = carry[i].before(before[i], x.pairs[t - 1], x.pairs[t]);
+    step(t - 1, h, carry);
   }
 #pragma GCC unroll 2
   for (int i = 0; i < groups; ++i) {

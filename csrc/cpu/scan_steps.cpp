@@ -160,7 +160,7 @@ void StepsLoader::multiply_pairs(Steps& x, int64_t count) {
   x.pairs = pairs;
 }
 
-Steps StepsLoader::load(int64_t batch, int64_t first, int64_t count, int64_t head, bool pairs) {
+Steps StepsLoader::load(int64_t batch, int64_t first, int64_t count, int64_t head) {
   const Memory& m = memory_;
   used_ = 0;
   Steps x;
@@ -173,7 +173,7 @@ Steps StepsLoader::load(int64_t batch, int64_t first, int64_t count, int64_t hea
   if (m.lam && m.update_rule != UpdateRule::no_lambda) {
     x.lam = gate(m.lam, m.lam_bias, batch, first, count, head);
   }
-  if (pairs) multiply_pairs(x, count);
+  multiply_pairs(x, count);
   return x;
 }
 

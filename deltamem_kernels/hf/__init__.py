@@ -2,7 +2,7 @@
 
 try:
     from deltamem_kernels.hf.adapter import load_adapter, save_adapter
-    from deltamem_kernels.hf.attach import attach, detach
+    from deltamem_kernels.hf.attach import attach, detach, prepare_cache
     from deltamem_kernels.hf.config import DeltaMemConfig
     from deltamem_kernels.hf.explain import explain
     from deltamem_kernels.hf.session import DeltaMemSession
@@ -20,5 +20,6 @@ __all__ = [
     "detach",
     "explain",
     "load_adapter",
+    "prepare_cache",
     "save_adapter",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deltamem_kernels.hf import attention, generation, generic
+from deltamem_kernels.hf.cache import begin_state, memory_layer
 from deltamem_kernels.hf.config import DELTA_HEADS, DeltaMemConfig
 from deltamem_kernels.hf.families import family, features, float_weight
 from deltamem_kernels.hf.memory import LayerMemory
@@ -122,6 +123,25 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+def prepare_cache(model: nn.Module, cache, batch_size: int) -> None:
+    """Give a fresh KV cache its memory before its first call, which only a compiled first call needs.
+
+    Args:
+        model: With a memory attached.
+        cache: A transformers cache of its decoder.
+        batch_size: Of the calls to come.
+
+    Raises:
+        ValueError: Nothing is attached, or ``cache`` holds tokens whose memory is unknown, or another batch.
+        TypeError: ``cache`` is no decoder's cache.
+    """
+    for module in attachment("prepare_cache", model).attentions.values():
+        memory = module.delta_mem
+        begin_state(memory_layer(cache, module.layer_idx), memory, batch_size, memory.beta_bias.device)
+        if not memory.hooked:
+            generic.hook(module)  # a compiled call with an attention mask takes the generic path
+
+
 def check_model(function: str, model: nn.Module, config: DeltaMemConfig):
     """-> {name: attention module} that ``config`` names, and the decoder that runs them."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
@@ -191,9 +211,9 @@ def _install(module, memory, record) -> None:
     module.delta_mem = memory
     run = attention.forward if memory.family is not None else generic.forward
     module.forward = types.MethodType(run, module)
-    for head in memory.out_features:
-        projection = getattr(module, f"{head}_proj")
-        record.handles.append(projection.register_forward_hook(partial(generic.correct, memory, head)))
+    memory.hooked = False
+    if memory.family is None:
+        generic.hook(module)
 
 
 def _begin(record: Attachment, decoder, args, kwargs):

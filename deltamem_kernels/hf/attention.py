@@ -40,7 +40,7 @@ def forward(module, hidden_states, position_embeddings=None, attention_mask=None
     packed = memory.packed(hidden_states.dtype)
     shape = (*hidden_states.shape[:2], -1, module.head_dim)
     q, k, v = (p(hidden_states).view(shape) for p in (module.q_proj, module.k_proj, module.v_proj))
-    arguments = _layer_arguments(module, packed, position_embeddings, hidden_states.shape[0])
+    arguments = _layer_arguments(module, call, packed, position_embeddings, hidden_states.shape[0])
     if past_key_values is None:
         out, reads = _without_cache(memory, call, packed, hidden_states, q, k, v, arguments)
     else:
@@ -75,16 +75,14 @@ def _why_not_in_place(layer, cache, call) -> str | None:
     return None
 
 
-def _layer_arguments(module, packed, position_embeddings, B) -> dict:
+def _layer_arguments(module, call, packed, position_embeddings, B) -> dict:
     """Arguments of the fused functions that do not depend on state or cache."""
     family = module.delta_mem.family
     q_norm_weight, k_norm_weight, norm_eps = family.norms(module)
     window = family.sliding_window(module)
     cos = sin = None
     if family.rotates(module):
-        # transformers repeats the angles for both halves, [B or 1, T, D]
-        half = position_embeddings[0].shape[-1] // 2
-        cos, sin = (x[..., :half].expand(B, -1, -1) for x in position_embeddings)
+        cos, sin = call.rotary(position_embeddings, B)
     return {
         "delta_q": packed.deltas.get("q"),
         "delta_k": packed.deltas.get("k"),

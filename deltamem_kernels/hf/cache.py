@@ -178,6 +178,11 @@ def memory_layer(cache, layer_idx: int):
             )
         if base not in _CLASSES:
             _CLASSES[base] = _with_memory(base)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "forward: past_key_values must be prepared (hf.prepare_cache) before a compiled call sees it first, "
+                f"got a fresh {type(cache).__name__}"
+            )
         layer.__class__ = _CLASSES[base]
     return layer
 

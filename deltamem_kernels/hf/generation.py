@@ -4,7 +4,7 @@ import types
 
 import torch
 
-from deltamem_kernels.hf.cache import memory_layer
+from deltamem_kernels.hf.cache import begin_state, memory_layer
 from deltamem_kernels.hf.state import Padding
 
 _ARGUMENTS = ("delta_state", "delta_write", "delta_segment_ids", "delta_padding")
@@ -62,10 +62,8 @@ def _prepare_cache_for_generation(self, generation_config, model_kwargs, generat
         return result
     rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
     for module in record.attentions.values():
-        layer = memory_layer(cache, module.layer_idx)
-        if layer.is_compileable and layer.delta_state is None and not layer.is_initialized:
-            layer.delta_state = module.delta_mem.zero_state(rows, module.delta_mem.beta_bias.device)
-            torch._dynamo.mark_static_address(layer.delta_state)
+        memory = module.delta_mem
+        begin_state(memory_layer(cache, module.layer_idx), memory, rows, memory.beta_bias.device)
     if generation_config.is_assistant:
         cache.activate_past_recording()
     return result

@@ -3,6 +3,8 @@
 The module runs its own forward; hooks on its projections add the memory's corrections to their results.
 """
 
+from functools import partial
+
 import torch
 
 from deltamem_kernels import delta_output, delta_scan
@@ -39,9 +41,20 @@ def current_call(module, kwargs):
     return call
 
 
+def hook(module) -> None:
+    """Let the module's projections be corrected. Known families get hooks with their first generic call."""
+    memory = module.delta_mem
+    for head in memory.out_features:
+        projection = getattr(module, f"{head}_proj")
+        memory.runtime.handles.append(projection.register_forward_hook(partial(correct, memory, head)))
+    memory.hooked = True
+
+
 def run(module, call, hidden_states, cache, args, kwargs):
     """The module's own forward between the memory's reads and their corrections."""
     memory = module.delta_mem
+    if not memory.hooked:
+        hook(module)
     packed = memory.packed(hidden_states.dtype)
     memory.reads, memory.corrections = advance(module, call, packed, hidden_states, cache), packed
     try:
@@ -90,7 +103,9 @@ def advance(module, call, packed, hidden, cache):
 
 def trainable(state):
     """A state made under inference mode cannot be saved for a backward pass; its copy can."""
-    return state.clone() if state.is_inference() and not torch.is_inference_mode_enabled() else state
+    if torch.compiler.is_compiling() or not state.is_inference() or torch.is_inference_mode_enabled():
+        return state
+    return state.clone()
 
 
 def correct(memory, head, projection, args, out):

@@ -1,6 +1,7 @@
 """The memory's parameters beside one attention layer, and the tensors that the kernels take from them."""
 
 import math
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 from deltamem_kernels.hf.config import DELTA_HEADS, DeltaMemConfig
 
 Tensor = torch.Tensor
+_version = attrgetter("_version")
 
 
 class Packed(NamedTuple):
@@ -104,6 +106,10 @@ class LayerMemory(nn.Module):
         self.repack()
         return super().train(mode)
 
+    def _apply(self, *args, **kwargs):
+        self.repack()  # another dtype or device
+        return super()._apply(*args, **kwargs)
+
     def repack(self) -> None:
         """Forget packed weights; the next inference call packs again."""
         self._packed_key, self._packed = None, None
@@ -111,7 +117,7 @@ class LayerMemory(nn.Module):
     def packed(self, dtype: torch.dtype) -> Packed:
         """The packed parameters for inputs of ``dtype``, with a graph under grad mode, else remembered.
 
-        The memory of them holds while no parameter changes: each one's storage and version counter are the key.
+        The memory of them holds while no parameter changes: each one's identity and version counter are the key.
         """
         if torch.is_grad_enabled():
             return self._pack(dtype, self.config.delta_heads)
@@ -121,8 +127,10 @@ class LayerMemory(nn.Module):
                 return known
             return self._pack(dtype, self.config.delta_heads)
         parameters = self._parameters.values()
-        key = (dtype, *[(p.data_ptr(), -1 if p.is_inference() else p._version) for p in parameters])
-        if key != self._packed_key:
+        key = None
+        if not self.beta_bias.is_inference():  # such parameters count no versions
+            key = (dtype, *map(id, parameters), *map(_version, parameters))
+        if key is None or key != self._packed_key:
             heads = [x for x in self.config.delta_heads if self.get_parameter(f"delta_{x}_proj").any()]
             self._packed_key, self._packed = key, self._pack(dtype, heads)
         return self._packed
@@ -158,10 +166,12 @@ class LayerMemory(nn.Module):
         if not write:
             return Projected(F.linear(hidden, packed.projection[:HR]).view(B, T, H, R), None, None, None, None)
         x = F.linear(hidden, packed.projection)
-        mem_q, mem_k, mem_v = (x[..., i * HR : (i + 1) * HR].unflatten(2, (H, R)) for i in range(3))
-        beta = x[..., 3 * HR : 3 * HR + H * G].unflatten(2, (H, G))
-        lam = x[..., 3 * HR + H * G :].unflatten(2, (H, G)) if packed.lam_bias is not None else None
-        return Projected(mem_q, mem_k, mem_v, beta, lam)
+        if G == R:
+            parts = x.view(B, T, -1, H, R).unbind(2)
+            return Projected(*parts) if len(parts) == 5 else Projected(*parts, None)
+        mem_q, mem_k, mem_v = x[..., : 3 * HR].view(B, T, 3, H, R).unbind(2)
+        gates = x[..., 3 * HR :].view(B, T, -1, H, G).unbind(2)
+        return Projected(mem_q, mem_k, mem_v, gates[0], gates[1] if len(gates) == 2 else None)
 
     def scan_arguments(self, packed: Packed, projected: Projected) -> dict:
         """Keyword arguments of ``delta_scan`` and of the fused functions."""

@@ -115,6 +115,7 @@ class Call:
         self.padding = padding
         self.custom = custom  # why the attention mask is not causal with padding, or None
         self._lengths: dict = {}
+        self._rotary: dict = {}
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -126,6 +127,15 @@ class Call:
         if key not in self._lengths:
             self._lengths[key] = torch.full((batch_size,), filled, dtype=torch.int32, device=device)
         return self._lengths[key]
+
+    def rotary(self, position_embeddings, batch_size: int):
+        """cos and sin ``[B, T, D/2]`` of transformers' ``[B or 1, T, D]``, which repeat the angles for both halves."""
+        key = id(position_embeddings)
+        if key not in self._rotary:
+            half = position_embeddings[0].shape[-1] // 2
+            cos, sin = (x[..., :half].expand(batch_size, -1, -1) for x in position_embeddings)
+            self._rotary[key] = cos, sin, position_embeddings  # held, so that its id stays its own
+        return self._rotary[key][:2]
 
     def store(self, index: int, state: Tensor) -> None:
         """Layer ``index``'s state after the call. A recomputation comes when nobody waits for it."""

@@ -53,10 +53,6 @@ def delta_scan_fwd(
     return reads, final_state, tape
 
 
-def _gradient_of(x, mem_q):
-    return mem_q.new_empty((0,)) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 def delta_scan_bwd(
     dreads,
     dfinal_state,
@@ -78,7 +74,7 @@ def delta_scan_bwd(
     tape,
 ):
     inputs = (mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias)
-    gradients = tuple(_gradient_of(x, mem_q) for x in inputs)
+    given = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
     _cpu.delta_scan_bwd(
         dreads,
         dfinal_state,
@@ -98,10 +94,10 @@ def delta_scan_bwd(
         use_gate_in_kernel,
         segment_len or SEGMENT_LEN,
         tape,
-        *(None if x is None else d for x, d in zip(inputs, gradients, strict=True)),
+        *given,
         torch.get_num_threads(),
     )
-    return gradients
+    return tuple([mem_q.new_empty(0) if d is None else d for d in given])
 
 
 def delta_scan_with_state_pool(
