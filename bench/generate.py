@@ -129,7 +129,7 @@ def summary(name: str, samples: dict, new: int, base: dict[str, str]) -> dict:
 
 
 def prompt_ids(folder, vocabulary: int, length: int, device):
-    """The protocol's text where the checkpoint has a tokenizer, else as many arbitrary tokens, tiled: ``[1, length]``."""
+    """The protocol's text (without a checkpoint, eleven arbitrary tokens) tiled: ``[1, length]``."""
     import torch
 
     ids = torch.randint(vocabulary, (11,), generator=torch.Generator().manual_seed(42))
@@ -156,8 +156,8 @@ def print_row(table, row: dict) -> None:
         *(f"{row[f'p{share}_ms']:.2f}" for share in (50, 90, 99)),
         "" if peak is None else f"{peak / 2**20:,.0f}",
         ratio("prefill_speed_vs_ours"),
-        ratio("decode_speed_vs_ours"),
-        ratio("decode_speed_vs_stock"),
+        ratio("median_step_speed_vs_ours"),
+        ratio("median_step_speed_vs_stock"),
     )
 
 
@@ -221,8 +221,8 @@ def main() -> None:
                         rows[-1] |= summary(name, samples, count, base)
                         print_row(table, rows[-1])
     print(
-        f"\nours: {FROZEN}. Ratios are speeds, above 1 where the row is faster: medians over rounds of rows that ran in "
-        "turns. Peak: above the level before the run, caches included, weights not."
+        f"\nours: {FROZEN}. Ratios are speeds, above 1 where the row is faster: of the prefills within a round, and "
+        "of the median steps. Peak: above the level before the run, caches included, weights not."
     )
     timing.write_results(options.output, env, rows)
 

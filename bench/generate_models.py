@@ -1,4 +1,4 @@
-"""The generation benchmark's models: one backbone's weights under four ways of running it, and their correctness gate."""
+"""The generation benchmark's models: one backbone's weights, four ways of running it, and their correctness gate."""
 
 import copy
 import dataclasses
@@ -144,9 +144,11 @@ def _forward_without_memory(
     call = generic.current_call(module, kw)
     shape = (*hidden_states.shape[:2], -1, module.head_dim)
     q, k, v = (p(hidden_states).view(shape) for p in (module.q_proj, module.k_proj, module.v_proj))
-    arguments = attention._layer_arguments(module, _NO_CORRECTIONS, position_embeddings, hidden_states.shape[0])
+    arguments = attention._layer_arguments(module, call, _NO_CORRECTIONS, position_embeddings, hidden_states.shape[0])
     layer = memory_layer(past_key_values, module.layer_idx)
-    keys, values, filled, *_ = attention._append(layer, past_key_values, module.layer_idx, k, v, call)
+    keys, values, filled, _, refill = attention._append(layer, past_key_values, module.layer_idx, k, v, call)
+    if refill:
+        raise NotImplementedError("bench: cache must be dynamic for a model with sliding windows, got static")
     out = fused_delta_attention_with_kvcache(q, keys, values, k, v, cache_seqlens=filled, **arguments).out
     return module.o_proj(out.flatten(2)), None
 
@@ -193,7 +195,10 @@ def reset(model) -> None:
 
 
 def check(model, memories: Memories, dtype) -> dict[str, float]:
-    """Gate every row on the first layers' hidden states, prefill and decode, against fp64. -> row: share of its budget"""
+    """Gate our rows on the first layers' hidden states, prefill and decode, against fp64. -> row: share of its budget
+
+    A row's budget comes from the torch row of the same mathematics.
+    """
     layers = min(len(model.get_decoder().layers), max(GATE_LAYERS, 1 + min(memories.config.target_layers, default=0)))
     small = sharing(model)
     cut(small, layers)
