@@ -80,6 +80,10 @@ def _with_memory(base: type) -> type:
             else:
                 self.delta_state = state
 
+        def delta_forget(self):
+            """A caller's state goes ahead of this one."""
+            self.delta_state = self.delta_recorded = None
+
         def delta_record(self, write):
             """Remember for a crop the ``Write`` that is about to happen."""
             if self.delta_recorded is None:
