@@ -82,6 +82,28 @@ def test_local_checkpoint(chat, tmp_path):
     assert "got Qwen3ForCausalLM of" in chat([], "--random", "--session", tmp_path / "s", code=1)
 
 
+def test_interrupted_turn_is_rolled_back(chat, monkeypatch):
+    build, calls = chat.module.random_model, []
+
+    def interrupted():
+        model, tokenizer = build()
+
+        def count(*_):
+            calls.append(None)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+        model.model.layers[2].register_forward_pre_hook(count)
+        return model, tokenizer
+
+    monkeypatch.setattr(chat.module, "random_model", interrupted)
+    out = chat(["hello", "/undo", "hello"], "--random", "--session", "none")
+    first = out.index("[turn rolled back]")
+    assert out[first - 1].endswith(" (interrupted)")
+    assert out[first + 1] == "[undo: session must have a turn to roll back, got none]"
+    assert out[-1].startswith("[5 tokens entered in ") and out[-1].endswith("context 11]")
+
+
 def test_model_needs_its_adapter(chat):
     with pytest.raises(SystemExit):
         chat([], "--model", "x")

@@ -369,5 +369,10 @@ def test_arguments_are_checked():
     ):
         with pytest.raises(kind, match=text):
             call()
+    # a layer that carries a state of its own
+    other = attached()
+    other.config.layer_types[1] = "linear_attention"
+    with pytest.raises(NotImplementedError, match="must keep keys and values alone in its cache, got a Linear"):
+        hf.DeltaMemSession(other)
     # a reply ends where the positions do
     assert len(list(session.stream([3] * 250, stop=()))) == 6 and session.context_length == 256

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from deltamem_kernels.hf import session_file
 from deltamem_kernels.hf.attach import attachment
@@ -46,6 +47,7 @@ class DeltaMemSession:
     Raises:
         ValueError: The model has no memory attached or is in training mode, or ``prefill_chunk`` < 1.
         TypeError: ``tokenizer`` is of another kind.
+        NotImplementedError: The model's cache holds more than keys and values.
     """
 
     def __init__(
@@ -62,6 +64,10 @@ class DeltaMemSession:
             raise ValueError("DeltaMemSession: model must be in eval mode, got training mode")
         if prefill_chunk < 1:
             raise ValueError(f"DeltaMemSession: prefill_chunk must be >= 1, got {prefill_chunk}")
+        for layer in DynamicCache(config=model.config).layers:
+            if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+                rule = "keep keys and values alone in its cache"
+                raise NotImplementedError(f"DeltaMemSession: model must {rule}, got a {type(layer).__name__}")
         self.model, self._segments, self._chunk = model, segments, prefill_chunk
         self._text = None if tokenizer is None else Text(tokenizer)
         self._generator = torch.Generator().manual_seed(seed)
