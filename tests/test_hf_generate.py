@@ -103,6 +103,8 @@ def test_generate_takes_state_write_and_segments():
         assert error(a, b) < 1e-6
     with pytest.raises(ValueError, match="generate: delta_state must be None with beams or drafts"):
         model.generate(ids, delta_state=state, delta_write=False, num_beams=2, **GREEDY)
+    with pytest.raises(ValueError, match=r"generate: delta_write must be False with a delta_state and no cache .*None"):
+        model.generate(ids, delta_state=state, use_cache=False, **GREEDY)
     with pytest.raises(ValueError, match="`model_kwargs` are not used by the model"):
         model.generate(ids, delta_sate=state, **GREEDY)
 
