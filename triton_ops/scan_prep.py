@@ -58,6 +58,7 @@ def replay_prep_kernel(
     head = tl.program_id(1) * group
     for i in range(SEGMENTS + PACKED):
         n, s, begin, length = segment_of(block * SEGMENTS + i, cu_seqlens, T, N, L)
+        s = s.to(tl.int64)
         first, end, step = s * L, tl.minimum(length, (s + 1) * L), s * 0 + BT
         alive = i < SEGMENTS
         if PACKED:  # the programs' turns at the rows past the last sequence, which are 0
