@@ -60,6 +60,36 @@ def test_state_is_reordered_selected_repeated_and_copied_with_the_keys():
         model(more[:2], past_key_values=cache)
 
 
+@pytest.mark.parametrize("options", [{}, {"couple_lambda": False}, {"state_update_mode": "no_lambda"}])
+@torch.no_grad()
+def test_pads_leave_the_state_to_the_bit(options):
+    model = attached(delta_heads=["q"], num_state_heads=2, **options)
+    ids, mask = torch.randint(3, 64, (2, 12)), torch.zeros(2, 12, dtype=torch.long)
+    mask[1, 5:] = 1
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = DynamicCache(config=model.config)
+        model.to(dtype)(ids, attention_mask=mask, past_key_values=cache)
+        for layer in cache.layers:
+            assert layer.delta_state[0].abs().sum() == 0 and layer.delta_state[1].abs().sum() > 0
+            layer.delta_state.normal_()
+        before = [layer.delta_state.clone() for layer in cache.layers]
+        mask_of_two = torch.zeros(2, 24, dtype=torch.long)
+        model(ids, attention_mask=mask_of_two, past_key_values=cache)
+        assert all(torch.equal(x.delta_state, y) for x, y in zip(cache.layers, before, strict=True))
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_over_its_cache():
+    model = attached("mistral")
+    first, second = torch.randint(3, 64, (2, 2, 11))
+    cache = DynamicCache(config=model.config)
+    answer = model.generate(first, past_key_values=cache, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    ids = torch.cat([answer, second], 1)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **options), expected)
+
+
 @pytest.mark.parametrize("static", [False, True])
 @torch.no_grad()
 def test_reset_cache_is_a_fresh_one(static):
@@ -86,7 +116,7 @@ def test_cropped_tokens_leave_no_trace(name):
     model(torch.cat([ids[:, 10:12], wrong[:, :2]], 1), past_key_values=cache)
     model(wrong[:, 2:3], past_key_values=cache, delta_write=False)
     model(wrong[:, 3:6], past_key_values=cache)
-    cache.crop(-6)
+    cache.crop(torch.tensor(-6))
     assert error(model(ids[:, 12:15], past_key_values=cache).logits, expected[:, 12:15]) < 1e-5
     cache.crop(0)
     model(wrong[:, :1], past_key_values=cache)

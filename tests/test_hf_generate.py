@@ -50,6 +50,21 @@ def test_every_way_of_generating_gives_the_same_tokens(name):
     assert torch.equal(model.generate(ids, num_beams=4, **GREEDY), beams)
 
 
+def test_generic_path_generates_the_same_tokens(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "granite", ("GraniteConfig", {"attention_multiplier": 0.3}))
+    model = attached("granite")
+    ids = _prompt()
+    expected = model.generate(ids, use_cache=False, **GREEDY)
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    for mode, options in MODES.items():
+        assert torch.equal(model.generate(ids, **GREEDY, **options), expected), mode
+        out = model.generate(padded, attention_mask=(padded != 0).long(), **GREEDY, **options)
+        assert torch.equal(out[:, 3:], expected), mode
+    assert all(path.startswith("generic: GraniteAttention") for path in paths(model))
+    beams = model.generate(ids, use_cache=False, num_beams=4, **GREEDY)
+    assert torch.equal(model.generate(ids, num_beams=4, **GREEDY), beams)
+
+
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "prompt lookup"] + ["no cache", "beams"])
 @pytest.mark.parametrize("name", ["qwen3", "smollm3", "mistral", "gemma3"])
 def test_left_padded_batch_equals_singles(name, mode):
@@ -88,6 +103,8 @@ def test_generate_takes_state_write_and_segments():
         assert error(a, b) < 1e-6
     with pytest.raises(ValueError, match="generate: delta_state must be None with beams or drafts"):
         model.generate(ids, delta_state=state, delta_write=False, num_beams=2, **GREEDY)
+    with pytest.raises(ValueError, match=r"generate: delta_write must be False with a delta_state and no cache .*None"):
+        model.generate(ids, delta_state=state, use_cache=False, **GREEDY)
     with pytest.raises(ValueError, match="`model_kwargs` are not used by the model"):
         model.generate(ids, delta_sate=state, **GREEDY)
 

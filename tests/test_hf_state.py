@@ -86,6 +86,16 @@ def test_gradient_checkpointing_recomputes_from_the_same_state(family, monkeypat
     assert model._delta_mem.call is None
 
 
+def test_reentrant_checkpointing_of_a_state_is_refused():
+    model = attached().train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    with pytest.raises(RuntimeError, match="gradient checkpointing must be of use_reentrant=False with delta_state"):
+        model(IDS, delta_state=_zeros(model), **TRAIN)
+    model(IDS, **TRAIN).logits.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if ".layers.0." in n and p.requires_grad)
+
+
 def test_gradients_equal_those_of_one_long_sequence():
     # the state's gradient: write pass and read pass in one sequence of writes, cut in two calls without attention
     model = attached("mistral", delta_heads=["o"])

@@ -13,8 +13,8 @@ from deltamem_kernels.ops import SEGMENT_LEN, tape_shape
 
 from .delta_scan_bwd import delta_scan_bwd
 from .lowering import launches, unique
-from .scan_build import activated, build_maps, gate_flags
-from .scan_plan import AHEAD, SHORT, Plan, given, plan, width
+from .scan_build import build_maps, gate_flags, replay_inputs
+from .scan_plan import Plan, given, plan, width
 from .scan_replay import copy_states_kernel, replay_kernel
 
 __all__ = ["delta_scan_bwd", "delta_scan_fwd", "delta_scan_with_state_pool"]
@@ -24,33 +24,23 @@ def _replay(
     cut: Plan, tokens, biases, token_mask, cu_seqlens, flags, activation, write, start, start_slots, has_initial,
     copied, final, final_slots, tape, tape_len, reads,
 ):  # fmt: skip
-    mem_q, mem_k, mem_v, beta, lam = tokens
-    if not write:
-        mem_k = mem_v = beta = lam = None
-    B, T, H, R = mem_q.shape
+    B, T, H, R = tokens[0].shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     CW = cut.RP // cut.NB
-    longest = T if cu_seqlens is None else -(-T // max(N, 1))  # packed: the mean, all that the host knows
-    short = longest <= SHORT and not cut.levels
-    if activation and not short:
-        mem_q, mem_k = activated(mem_q, mem_k)
-        activation = False
+    tokens, constants = replay_inputs(cut, tokens, cu_seqlens, write, activation, tape_len)
     maps = map_biases = None
     if cut.levels:
+        _, mem_k, mem_v, beta, lam = tokens
         maps, map_biases = build_maps(cut, None, mem_v, mem_k, beta, lam, *biases, token_mask, cu_seqlens, flags, False)
-    ahead = 1 if longest == 1 else AHEAD[cut.RP][2]
-    while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
-        ahead //= 2
     per_token = final_slots is not None and final_slots.dim() == 2
     replay_kernel[(cut.blocks(cut.slots[0], H),)](
-        *map(given, (mem_q, mem_k, mem_v, beta, lam, *biases)),
+        *map(given, (*tokens, *biases)),
         given(token_mask), cu_seqlens, given(start), start_slots, has_initial, maps, map_biases,
         given(final), given(final_slots), tape, given(reads),
         T, N, H, cut.L, cut.slots[0], cut.second, cut.third,
-        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, ACT=activation, WRITE=write,
-        PER_TOKEN=per_token, COPIED=copied, TAPE=tape_len, SHORT=short, LEVELS=cut.levels, G1=cut.group,
-        G2=cut.supergroup, LANES=cut.LANES, U=ahead, WQ=width(mem_q, R, CW), WK=width(mem_k, R, CW),
-        WS=width(start, R, CW), WF=width(final, R, CW), WT=width(tape, R, CW), WM=min(cut.RP, 4),
+        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, **constants, WRITE=write,
+        PER_TOKEN=per_token, COPIED=copied, TAPE=tape_len, LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup,
+        LANES=cut.LANES, WS=width(start, R, CW), WF=width(final, R, CW), WT=width(tape, R, CW), WM=min(cut.RP, 4),
         num_warps=cut.num_warps, num_stages=1,
     )  # fmt: skip
 

@@ -5,7 +5,7 @@ import triton
 
 from .scan_activation import activate_kernel
 from .scan_maps import compose_maps_kernel, segment_maps_kernel
-from .scan_plan import AHEAD, FEW_LANES, MAP_VECTORS, WARP, Plan, given, width
+from .scan_plan import AHEAD, FEW_LANES, MAP_VECTORS, SHORT, WARP, Plan, given, width
 
 
 def gate_flags(beta, lam, update_rule, gated) -> dict:
@@ -32,6 +32,28 @@ def activated(mem_q, mem_k):
     return zq, zk
 
 
+def replay_inputs(cut: Plan, tokens, cu_seqlens, write, activation, tape_len, may_be_short=True):
+    """(tokens as a replay takes them, compile-time arguments that follow): q and k activated unless it does that."""
+    mem_q, mem_k, mem_v, beta, lam = tokens if write else (tokens[0], None, None, None, None)
+    T, R = mem_q.shape[1::2]
+    longest = T if cu_seqlens is None else -(-T // max(cu_seqlens.shape[0] - 1, 1))  # the mean: all the host knows
+    short = may_be_short and longest <= SHORT and not cut.levels
+    if activation and not short:
+        mem_q, mem_k = activated(mem_q, mem_k)
+    ahead = 1 if longest == 1 else AHEAD[cut.RP][-1]
+    while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
+        ahead //= 2
+    CW = cut.RP // cut.NB
+    constants = {
+        "ACT": activation and short,
+        "SHORT": short,
+        "U": ahead,
+        "WQ": width(mem_q, R, CW),
+        "WK": width(mem_k, R, CW),
+    }
+    return (mem_q, mem_k, mem_v, beta, lam), constants
+
+
 def build_maps(cut: Plan, x, put, mem_k, beta, lam, beta_bias, lam_bias, token_mask, cu_seqlens, flags, reverse):
     """(maps, biases) of all levels. put: mem_v; reverse: dreads, and x is mem_q."""
     B, T, H, R = mem_k.shape
@@ -43,13 +65,13 @@ def build_maps(cut: Plan, x, put, mem_k, beta, lam, beta_bias, lam_bias, token_m
     vectors = 2 if cut.map_shared else few if cut.slots[0] * H * RP <= FEW_LANES else many
     turns = 1 if cut.map_shared else -(-(RP + 1) // vectors)
     options = {"num_warps": cut.num_warps, "num_stages": 1}
-    wide = reverse and x.dtype == torch.float32  # q in flight besides k
+    wide = reverse and x.dtype == torch.float32
     blocks = cut.blocks(cut.slots[0], H)
     segment_maps_kernel[(blocks * turns,)](
         given(x), given(put), given(mem_k), given(beta), given(lam), given(beta_bias), given(lam_bias),
         given(token_mask), cu_seqlens, maps, biases, T, N, H, cut.L, blocks,
         R=R, RP=RP, VECTORS=vectors, MAP_SHARED=cut.map_shared, **flags, REVERSE=reverse, LANES=LANES,
-        U=AHEAD[RP][vectors > 1 or wide], WX=width(x, R, RP), WK=width(mem_k, R, RP), WM=min(RP, 4), **options,
+        U=AHEAD[RP][(vectors > 1) + wide], WX=width(x, R, RP), WK=width(mem_k, R, RP), WM=min(RP, 4), **options,
     )  # fmt: skip
     source, L = 0, cut.L
     for slots, G in zip(cut.slots[1:], (cut.group, cut.supergroup), strict=False):

@@ -25,8 +25,14 @@ SEQUENTIAL_SEGMENTS = 4  # below, launches outweigh what parallel segments save
 FULL_LANES = 40 * 1024  # rows times vectors: above, a lane per row keeps the machine busy by itself
 PACKED_TOKENS = 8  # a sequence, in the mean: above, a packed batch is not drafts alone but has a prompt among them
 
-# RP -> tokens in flight ahead, in (maps of one vector a lane, of several, replay): half of a lane's registers at most
-AHEAD = {1: (8, 8, 8), 2: (8, 8, 8), 4: (8, 8, 8), 8: (8, 4, 4), 16: (4, 2, 2), 32: (1, 1, 2), 64: (1, 1, 2)}
+# RP -> tokens in flight ahead, half of a lane's registers at most, in: maps of one vector a lane; of several, or with
+# fp32 q beside k; with both; replays
+AHEAD = {
+    **dict.fromkeys((1, 2, 4), (8, 8, 8, 8)),
+    8: (8, 4, 4, 4),
+    16: (4, 2, 1, 2),
+    **dict.fromkeys((32, 64), (1, 1, 1, 2)),
+}
 
 # RP -> vectors of a map per lane when rows are few, and when they are many (more share one token's loads)
 MAP_VECTORS = {1: (1, 2), 2: (1, 3), 4: (1, 5), 8: (1, 3), 16: (1, 3)}

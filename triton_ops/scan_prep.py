@@ -15,8 +15,8 @@ import triton.language as tl
 from .lift import columns
 from .prep_tiles import outer_strides, prep_heads, rotary_flags, rotary_strides, tile, token_angles
 from .prologue import pair_count
-from .scan_build import activated, build_maps, gate_flags
-from .scan_plan import AHEAD, SHORT, Plan, given, width
+from .scan_build import build_maps, gate_flags, replay_inputs
+from .scan_plan import Plan, given, width
 from .scan_replay import replay_kernel
 from .scan_tokens import segment_of
 from .sequences import search_steps, sequence_of
@@ -40,9 +40,9 @@ def replay_prep_kernel(
     LAM_SHARED: tl.constexpr, RULE: tl.constexpr, COUPLED: tl.constexpr, ACT: tl.constexpr, GATE: tl.constexpr,
     WRITE: tl.constexpr, TAPE: tl.constexpr, SHORT: tl.constexpr, LEVELS: tl.constexpr, G1: tl.constexpr,
     G2: tl.constexpr, LANES: tl.constexpr, U: tl.constexpr, WQ: tl.constexpr, WK: tl.constexpr, WS: tl.constexpr,
-    WF: tl.constexpr, WT: tl.constexpr, WM: tl.constexpr, SEGMENTS: tl.constexpr, BT: tl.constexpr,
-    J: tl.constexpr, JC: tl.constexpr, GATHERED: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr,
-    D: tl.constexpr, P: tl.constexpr,
+    WF: tl.constexpr, WT: tl.constexpr, WM: tl.constexpr,
+    SEGMENTS: tl.constexpr, BT: tl.constexpr, J: tl.constexpr, JC: tl.constexpr, GATHERED: tl.constexpr,
+    HALF: tl.constexpr, INTERLEAVED: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks of LANES lanes = SEGMENTS segments, groups of `group` heads: k_groups of k, then those of v)."""
     replay_kernel(
@@ -58,6 +58,7 @@ def replay_prep_kernel(
     head = tl.program_id(1) * group
     for i in range(SEGMENTS + PACKED):
         n, s, begin, length = segment_of(block * SEGMENTS + i, cu_seqlens, T, N, L)
+        s = s.to(tl.int64)
         first, end, step = s * L, tl.minimum(length, (s + 1) * L), s * 0 + BT
         alive = i < SEGMENTS
         if PACKED:  # the programs' turns at the rows past the last sequence, which are 0
@@ -142,35 +143,26 @@ def joins(cut: Plan, T: int, H: int) -> bool:
 
 def _replay(
     cut: Plan, tokens, biases, initial_state, token_mask, cu_seqlens, update_rule, write, activation, gated, tape_len,
-    reads, final_state, tape,
+    reads, final_state, tape, may_be_short,
 ):  # fmt: skip
     """Arguments of a replay, the compile-time ones apart, behind the launches that it needs."""
-    mem_q, mem_k, mem_v, beta, lam = tokens if write else (tokens[0], *(None,) * 4)
-    B, T, H, R = mem_q.shape
+    B, T, H, R = tokens[0].shape
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    flags, CW = gate_flags(beta, lam, update_rule, gated), cut.RP // cut.NB
-    longest = T if cu_seqlens is None else -(-T // max(N, 1))  # packed: the mean, all that the host knows
-    short = longest <= SHORT and not cut.levels
-    if activation and not short:
-        mem_q, mem_k = activated(mem_q, mem_k)
-        activation = False
+    flags, CW = gate_flags(*tokens[3:], update_rule, gated), cut.RP // cut.NB
+    tokens, inputs = replay_inputs(cut, tokens, cu_seqlens, write, activation, tape_len, may_be_short)
     maps = map_biases = None
     if cut.levels:
+        _, mem_k, mem_v, beta, lam = tokens
         maps, map_biases = build_maps(cut, None, mem_v, mem_k, beta, lam, *biases, token_mask, cu_seqlens, flags, False)
-    ahead = 1 if longest == 1 else AHEAD[cut.RP][2]
-    while tape_len % ahead:  # a tape's state is stored between two blocks of tokens
-        ahead //= 2
-    tape = tape if tape_len else None
     arguments = (
-        *map(given, (mem_q, mem_k, mem_v, beta, lam, *biases)), given(token_mask), cu_seqlens, given(initial_state),
-        maps, map_biases, given(final_state), tape, given(reads),
-        T, N, H, cut.L, cut.slots[0], cut.second, cut.third,
+        *map(given, (*tokens, *biases)), given(token_mask), cu_seqlens, given(initial_state), maps, map_biases,
+        given(final_state), tape if tape_len else None, given(reads), T, N, H, cut.L, cut.slots[0], cut.second,
+        cut.third,
     )  # fmt: skip
     constants = dict(
-        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, ACT=activation, WRITE=write, TAPE=tape_len,
-        SHORT=short, LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup, U=ahead, WQ=width(mem_q, R, CW),
-        WK=width(mem_k, R, CW), WS=width(initial_state, R, CW), WF=width(final_state, R, CW), WT=width(tape, R, CW),
-        WM=min(cut.RP, 4), num_stages=1,
+        R=R, RP=cut.RP, NB=cut.NB, MAP_SHARED=cut.map_shared, **flags, **inputs, WRITE=write, TAPE=tape_len,
+        LEVELS=cut.levels, G1=cut.group, G2=cut.supergroup, WS=width(initial_state, R, CW),
+        WF=width(final_state, R, CW), WT=width(tape if tape_len else None, R, CW), WM=min(cut.RP, 4), num_stages=1,
     )  # fmt: skip
     return arguments, constants
 
@@ -183,7 +175,7 @@ def scan_prep(
     """Fills reads, final_state, tape (a state every tape_len tokens; 0: none), and k_prep, v_prep of k, v given."""
     arguments, constants = _replay(
         cut, tokens, biases, initial_state, token_mask, cu_seqlens, update_rule, write, activation, gated, tape_len,
-        reads, final_state, tape,
+        reads, final_state, tape, False,
     )  # fmt: skip
     H, R = reads.shape[2:]
     HKV, D = (v if k is None else k).shape[2:]
@@ -211,7 +203,7 @@ def scan_beside_prep(
     """The same where reads correct nothing, and v, which nothing else changes, is None."""
     arguments, constants = _replay(
         cut, tokens, biases, initial_state, token_mask, cu_seqlens, update_rule, write, activation, gated, tape_len,
-        reads, final_state, tape,
+        reads, final_state, tape, True,
     )  # fmt: skip
     B, T, heads, D = k.shape
     N = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

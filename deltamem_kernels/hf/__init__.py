@@ -5,6 +5,7 @@ try:
     from deltamem_kernels.hf.attach import attach, detach, prepare_cache
     from deltamem_kernels.hf.config import DeltaMemConfig
     from deltamem_kernels.hf.explain import explain
+    from deltamem_kernels.hf.session import DeltaMemSession
     from deltamem_kernels.hf.state import DeltaMemState
 except ModuleNotFoundError as error:
     raise ImportError(
@@ -13,6 +14,7 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "DeltaMemConfig",
+    "DeltaMemSession",
     "DeltaMemState",
     "attach",
     "detach",

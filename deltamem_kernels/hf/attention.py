@@ -14,9 +14,9 @@ from deltamem_kernels import (
 )
 from deltamem_kernels.hf import generic
 from deltamem_kernels.hf.cache import IN_PLACE, Write, begin_state, memory_layer, refill_is_needed
-from deltamem_kernels.hf.segments import segment_writes
+from deltamem_kernels.hf.segments import reads_and_writes
 
-# A logit whose sigmoid is 0 in every dtype: beta 0 (and lam 1 at its negative) leaves the state as it was.
+# A logit of every dtype whose sigmoid is 0, up to rounding, and that of its negative 1.
 _CLOSED = -1e4
 
 
@@ -99,14 +99,12 @@ def _layer_arguments(module, call, packed, position_embeddings, B) -> dict:
 
 def _without_cache(memory, call, packed, hidden, q, k, v, arguments):
     """-> attention's output, reads; the state after the call goes to it."""
-    segments = call.segments is not None
+    segments, token_mask = call.writes_segments, call.token_mask(hidden.device)
     projected = memory.project(packed, hidden, call.write)
-    if segments:
-        tokens, written = segment_writes(projected, call.segments, call.token_mask)
-        projected = projected._replace(mem_k=None, mem_v=None, beta=None, lam=None)
+    projected, tokens, written = reads_and_writes(call, projected, token_mask)
     state = None if call.states is None else generic.trainable(call.states[memory.index])
     result = fused_delta_attention(
-        q, k, v, **memory.scan_arguments(packed, projected), initial_state=state, token_mask=call.token_mask,
+        q, k, v, **memory.scan_arguments(packed, projected), initial_state=state, token_mask=token_mask,
         **arguments,
     )  # fmt: skip
     if call.states is not None and call.write:
@@ -122,18 +120,16 @@ def _with_cache(module, call, packed, hidden, q, k, v, arguments, cache, layer):
     """-> attention's output, reads; cache and state advance in place."""
     memory = module.delta_mem
     B, T = hidden.shape[:2]
-    segments = call.segments is not None
+    segments, token_mask = call.writes_segments, call.token_mask(hidden.device)
     projected = memory.project(packed, hidden, call.write)
-    if segments:
-        tokens, written = segment_writes(projected, call.segments, call.token_mask)
-        projected = projected._replace(mem_k=None, mem_v=None, beta=None, lam=None)
-    else:
-        tokens, written = projected, call.token_mask
+    projected, tokens, written = reads_and_writes(call, projected, token_mask)
     if projected.beta is not None and call.padding is not None and not call.padding.leading()[0]:
-        # pads lead the row, where the kernels' own token_mask may not be: close their gates instead
-        pads = ~call.token_mask[:, :, None, None]
+        # Pads lead the row, where the kernels' own token_mask may not be. Key 0 and closed gates hold the state, to the
+        # bit: the sigmoid alone may end at 1e-38.
+        pads = ~token_mask[:, :, None, None]
         lam = projected.lam
         projected = projected._replace(
+            mem_k=projected.mem_k.masked_fill(pads, 0),
             beta=projected.beta.masked_fill(pads, _CLOSED),
             lam=None if lam is None else lam.masked_fill(pads, -_CLOSED),
         )
@@ -146,11 +142,11 @@ def _with_cache(module, call, packed, hidden, q, k, v, arguments, cache, layer):
         pool = call.states[memory.index]
         if call.write and not segments:
             pool = pool.clone()
-        layer.delta_state = None  # the caller's state is ahead of the cache's
+        layer.delta_forget()
     keys, values, filled, dropped, refill = _append(layer, cache, module.layer_idx, k, v, call)
     leftpad = None
     if call.padding is not None:
-        leftpad = call.padding.leading()[2]
+        leftpad = call.padding.leading()[2].to(hidden.device)
         leftpad = (leftpad - dropped).clamp_min(0) if dropped else leftpad
     out, reads, _, _ = fused_delta_attention_with_kvcache(
         q, keys, values, k, v, **memory.scan_arguments(packed, projected), state_pool=pool, cache_seqlens=filled,

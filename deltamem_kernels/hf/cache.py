@@ -80,6 +80,10 @@ def _with_memory(base: type) -> type:
             else:
                 self.delta_state = state
 
+        def delta_forget(self):
+            """A caller's state goes ahead of this one."""
+            self.delta_state = self.delta_recorded = None
+
         def delta_record(self, write):
             """Remember for a crop the ``Write`` that is about to happen."""
             if self.delta_recorded is None:
@@ -89,8 +93,9 @@ def _with_memory(base: type) -> type:
     if hasattr(base, "crop"):
 
         def crop(self, tokens_to_remove):
-            length = self.get_seq_length()
-            removed = -tokens_to_remove
+            length, count = self.get_seq_length(), int(tokens_to_remove)  # which may be a tensor
+            # positive: the length to keep, in versions of transformers that know it
+            removed = length - count if count > 0 else -count
             known = self.delta_state is not None and removed != 0
             if known and 0 < removed < length and not self.record_past:
                 raise RuntimeError(

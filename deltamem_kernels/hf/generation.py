@@ -57,6 +57,11 @@ def _prepare_cache_for_generation(self, generation_config, model_kwargs, generat
                 "generate: delta_state must be None with beams or drafts (their rows move, and a caller's state does "
                 f"not), got one for {generation_mode.value}"
             )
+        if not generation_config.use_cache and model_kwargs.get("delta_write") is not False:
+            raise ValueError(
+                "generate: delta_write must be False with a delta_state and no cache (each step would write the whole "
+                f"sequence again), got {model_kwargs.get('delta_write')}"
+            )
         return result
     if cache is None:
         return result

@@ -9,7 +9,7 @@ import torch
 
 from deltamem_kernels import delta_output, delta_scan
 from deltamem_kernels.hf.cache import Write, begin_state, memory_layer
-from deltamem_kernels.hf.segments import segment_writes
+from deltamem_kernels.hf.segments import reads_and_writes
 
 
 def forward(module, *args, **kwargs):
@@ -38,6 +38,11 @@ def current_call(module, kwargs):
     call = kwargs.pop("delta_call", None) or module.delta_mem.runtime.call
     if call is None:
         raise RuntimeError("forward: an attached attention module must be reached through its model's forward")
+    if call.states is not None and call.trains and not torch.is_grad_enabled():
+        raise RuntimeError(
+            "forward: gradient checkpointing must be of use_reentrant=False with delta_state (else no gradient passes "
+            "through the state), got use_reentrant=True"
+        )
     return call
 
 
@@ -69,24 +74,18 @@ def advance(module, call, packed, hidden, cache):
     """reads ``[B, T, H, R]`` of this call's tokens; the state advances."""
     memory = module.delta_mem
     B, T = hidden.shape[:2]
-    layer = None
+    layer = state = None
     if call.states is not None:
         state = trainable(call.states[memory.index])
+        if cache is not None:
+            memory_layer(cache, module.layer_idx).delta_forget()
     elif cache is not None:
         layer = memory_layer(cache, module.layer_idx)
         state = begin_state(layer, memory, B, hidden.device)
-    else:
-        state = None
-    if cache is not None and call.states is not None:
-        memory_layer(cache, module.layer_idx).delta_state = None  # the caller's state is ahead of the cache's
-    segments = call.segments is not None
-    projected = memory.project(packed, hidden, call.write)
-    tokens, written = projected, call.token_mask
-    if segments:
-        tokens, written = segment_writes(projected, call.segments, call.token_mask)
-        projected = projected._replace(mem_k=None, mem_v=None, beta=None, lam=None)
+    segments, token_mask = call.writes_segments, call.token_mask(hidden.device)
+    projected, tokens, written = reads_and_writes(call, memory.project(packed, hidden, call.write), token_mask)
     arguments = memory.scan_arguments(packed, projected)
-    reads, final = delta_scan(**arguments, initial_state=state, token_mask=call.token_mask)
+    reads, final = delta_scan(**arguments, initial_state=state, token_mask=token_mask)
     if layer is not None and layer.record_past:
         write = (memory.scan_arguments(packed, tokens) | {"token_mask": written}) if call.write else None
         layer.delta_record(Write(write, T, segments))

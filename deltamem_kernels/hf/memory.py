@@ -70,7 +70,7 @@ class LayerMemory(nn.Module):
             return "o" in self.config.delta_heads
         if name in {f"delta_{x}_proj" for x in DELTA_HEADS}:
             return name[6] in self.config.delta_heads
-        return True
+        return not (name.startswith("lambda_") and self.config.state_update_mode == "no_lambda")
 
     @torch.no_grad()
     def initialize(self, frozen_weights: dict[str, Tensor]) -> None:

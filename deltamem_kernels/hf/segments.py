@@ -38,3 +38,12 @@ def segment_writes(projected: Projected, segments: Tensor, token_mask: Tensor | 
         return (sums / counts.clamp_min(1).unsqueeze(2))[:, :T].unflatten(2, x.shape[2:])
 
     return Projected(*map(mean, projected)), counts[:, :T] > 0
+
+
+def reads_and_writes(call, projected: Projected, token_mask: Tensor | None):
+    """-> projections of the attention's call, which alone reads where segments are written; those of the write with
+    their mask."""
+    if not call.writes_segments:
+        return projected, projected, token_mask
+    means, written = segment_writes(projected, call.segments(projected.mem_q.device), token_mask)
+    return projected._replace(mem_k=None, mem_v=None, beta=None, lam=None), means, written

@@ -84,16 +84,14 @@ class Padding:
     """
 
     def __init__(self, mask: Tensor, tokens: int):
-        valid = mask != 0
-        self.token_mask = valid[:, -tokens:]  # [B, T]
-        # (its tokens are all valid, pads only lead the row, number of pads [B] int32): None until somebody asks
+        self._valid = mask != 0
+        self.token_mask = self._valid[:, -tokens:]  # [B, T]
         self._leading = None
-        self._valid = valid
 
     def leading(self):
-        """(no pads among this call's tokens, pads only lead each row, their number); waits for the device once.
+        """(no pads among this call's tokens, pads only lead each row, their number int32 ``[B]``).
 
-        Under a compiler nothing is known of values: (False, False, None).
+        Waits for the device, at the first call. Under a compiler nothing is known of values: (False, False, None).
         """
         if self._leading is None:
             if torch.compiler.is_compiling():
@@ -111,15 +109,25 @@ class Call:
         self.states = states  # the tensors of an explicit delta_state as the forward found them, or None
         self.final: dict[int, Tensor] | None = {}  # layer -> its state after the call; None once the forward returned
         self.write = write
-        self.segments = segments  # [B, T], < 0 where a token is not written; None: every token writes
+        self.trains = torch.is_grad_enabled()
+        self._segments = segments  # [B, T], < 0 where a token is not written; None: every token writes
         self.padding = padding
         self.custom = custom  # why the attention mask is not causal with padding, or None
         self._lengths: dict = {}
         self._rotary: dict = {}
 
     @property
-    def token_mask(self) -> Tensor | None:
-        return None if self.padding is None else self.padding.token_mask
+    def writes_segments(self) -> bool:
+        return self._segments is not None
+
+    # A model may lie on several devices; what a layer takes from here follows its input.
+
+    def token_mask(self, device: torch.device) -> Tensor | None:
+        """bool ``[B, T]``; None: every token is one."""
+        return None if self.padding is None else self.padding.token_mask.to(device)
+
+    def segments(self, device: torch.device) -> Tensor:
+        return self._segments.to(device)
 
     def lengths(self, filled: int, batch_size: int, device: torch.device) -> Tensor:
         """int32 ``[B]`` of ``filled``, made once for all layers of one length."""
