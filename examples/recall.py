@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -35,6 +35,7 @@ class Run:
     """A training: of a backbone (``rule`` empty), or of an adapter on the backbone of its seed."""
 
     seed: int
+    effort: training.Effort
     rule: str = ""
     rank: int = 0
     heads: int = 0
@@ -45,22 +46,26 @@ class Run:
         return f"{kind}-seed{self.seed}"
 
     @property
+    def backbone(self) -> "Run":
+        return Run(self.seed, self.effort)
+
+    @property
     def settings(self) -> dict:
         """What its figures depend on; a file of others is not taken for it."""
         found = {"run": asdict(self), "task": task.GENERATOR, "backbone": training.BACKBONE | training.PRETRAINING}
         return found | ({"training": training.TRAINING} if self.rule else {})
 
 
-def plan() -> list[Run]:
+def plan(effort: training.Effort) -> list[Run]:
     """The published rule with every seed, the others with the first."""
     adapters = [
-        Run(seed, rule, *shape)
+        Run(seed, effort, rule, *shape)
         for seed in SEEDS
         for rule in report.RULES
         for shape in report.STATES
         if rule == "standard" or seed == SEEDS[0]
     ]
-    return [Run(seed) for seed in SEEDS] + adapters
+    return [Run(seed, effort) for seed in SEEDS] + adapters
 
 
 # ---------------------------------------------------------------- one run
@@ -78,7 +83,8 @@ def finished(folder: Path, run: Run) -> dict | None:
 def execute(folder: Path, run: Run) -> Run:
     """Train, save, measure; the file of figures comes last and whole."""
     start, home = time.perf_counter(), folder / run.name
-    steps = (training.TRAINING if run.rule else training.PRETRAINING)["steps"]
+    effort = run.effort
+    steps = effort.adapter_steps if run.rule else effort.backbone_steps
     with tqdm(total=steps, desc=run.name, position=1 + _row, leave=False, dynamic_ncols=True) as bar:
 
         def progress(step: int, loss: float) -> None:
@@ -86,15 +92,15 @@ def execute(folder: Path, run: Run) -> Run:
             bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
         if run.rule:
-            model = transformers.Qwen3ForCausalLM.from_pretrained(folder / Run(run.seed).name)
+            model = transformers.Qwen3ForCausalLM.from_pretrained(folder / run.backbone.name)
             training.attach(model, run.seed, run.rule, run.rank, run.heads)
-            training.train_adapter(model, run.seed, progress)
-            figures = training.measure_adapter(model)
+            training.train_adapter(model, run.seed, steps, progress)
+            figures = training.measure_adapter(model, effort.episodes)
             hf.save_adapter(model, home)
         else:
             model = training.new_backbone(run.seed)
-            training.train_backbone(model, run.seed, progress)
-            figures = training.measure_backbone(model)
+            training.train_backbone(model, run.seed, steps, progress)
+            figures = training.measure_backbone(model, effort.episodes)
             model.save_pretrained(home)
     result = {"settings": run.settings, "seconds": time.perf_counter() - start, "figures": figures}
     (home / "figures.part").write_text(json.dumps(result, indent=2) + "\n")
@@ -132,7 +138,7 @@ def execute_all(folder: Path, runs: list[Run], jobs: int) -> None:
         tqdm(total=len(todo), desc="runs", dynamic_ncols=True) as bar,
     ):
         while waiting or running:
-            ready = [run for run in waiting if not run.rule or finished(folder, Run(run.seed))]
+            ready = [run for run in waiting if not run.rule or finished(folder, run.backbone)]
             for run in ready[: jobs - len(running)]:
                 waiting.remove(run)
                 running.add(pool.submit(execute, folder, run))
@@ -146,9 +152,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo/recall"), help="folder of finished runs and results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
+    for field in fields(training.Effort):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)
     options = parser.parse_args()
+    effort = training.Effort(options.backbone_steps, options.adapter_steps, options.episodes)
 
-    runs, start = plan(), time.perf_counter()
+    runs, start = plan(effort), time.perf_counter()
     execute_all(options.output, runs, options.jobs)
     found = {run: finished(options.output, run) for run in runs}
     rows = {report.CONTEXT: [], report.ALONE: []}

@@ -28,9 +28,9 @@ NEAR = 0.03  # of chance: three standard deviations of a mean over the episodes 
 LEGEND = (
     f"1 to {PAIRS[-1]}: recall of that many pairs, in %, mean over seeds. worst: the worst seed's of {GIVEN} pairs.\n"
     f"new, old, others: after {GIVEN} pairs a key is written again: its new value, its old one, those of the others.\n"
-    f"fillers: {GIVEN} pairs, then {FILLERS} filler tokens. zeroed, swapped: {GIVEN} pairs, asked of an empty state, and\n"
-    "of that of another episode. These two and the backbone without context are on any combinations of key and value,\n"
-    "where a guess is at chance; all others are on combinations that no training has seen."
+    f"fillers: {GIVEN} pairs, then {FILLERS} filler tokens. zeroed, swapped: {GIVEN} pairs, asked of an empty state,\n"
+    "and of that of another episode. These two and the backbone without context are on any combinations of key and\n"
+    "value, where a guess is at chance; all others are on combinations that no training has seen."
 )
 
 

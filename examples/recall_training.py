@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -30,16 +31,25 @@ BACKBONE = {
     "tie_word_embeddings": False,
     "use_cache": False,
 }
-PRETRAINING = {"steps": 500, "batch": 64, "lr": 3e-3, "warmup": 50, "pairs": 16}
+
+
+@dataclass(frozen=True)
+class Effort:
+    backbone_steps: int = 500  # at most
+    adapter_steps: int = 1000
+    episodes: int = 256  # of each figure
+
+
+PRETRAINING = {"batch": 64, "lr": 3e-3, "warmup": 50, "pairs": 16}
 TRAINING = {
-    "steps": 1000,
     "batch": 64,
     "lr": 5e-3,
     "warmup": 20,
     "pairs": 8,
+    "questions": 8,  # of an episode, at most
     "all_pairs_from": 0.3,  # of the steps
     "pairs_until": 0.4,
-    "rewrites": 0.5,  # of the steps from then on
+    "rewrites": 0.7,  # of the steps from then on
     "fillers": 0.2,
     "filler_batch": 16,  # such episodes are long
 }
@@ -73,7 +83,7 @@ def new_backbone(seed: int) -> Qwen3ForCausalLM:
     return model
 
 
-def train_backbone(model, seed: int, progress: Progress, steps: int = PRETRAINING["steps"]) -> int:
+def train_backbone(model, seed: int, steps: int, progress: Progress) -> int:
     """Pairs and their questions in one sequence; the loss is on the answers. -> steps that were needed"""
     generator = torch.Generator().manual_seed(seed)
     matrices = [x for x in model.parameters() if x.ndim > 1]
@@ -146,15 +156,16 @@ def attach(model, seed: int, rule: str, rank: int, heads: int) -> None:
     hf.attach(model, config)
 
 
-def train_adapter(model, seed: int, progress: Progress, steps: int = TRAINING["steps"]) -> None:
+def train_adapter(model, seed: int, steps: int, progress: Progress) -> None:
     """Trains the attached memory alone: questions answered from the state, gradients through all of its writes."""
     generator = torch.Generator().manual_seed(seed)
     parameters = [x for x in model.parameters() if x.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for step in range(steps):
         episodes = training_episodes(generator, step / steps)
-        logits = ask(model, episodes.keys, remember(model, episodes.tokens))
-        loss = F.cross_entropy(logits.flatten(0, 1), episodes.values.flatten())
+        asked = torch.randperm(episodes.keys.shape[1], generator=generator)[: TRAINING["questions"]]
+        logits = ask(model, episodes.keys[:, asked], remember(model, episodes.tokens))
+        loss = F.cross_entropy(logits.flatten(0, 1), episodes.values[:, asked].flatten())
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
         advance(optimizer, loss, TRAINING["lr"] * min(cosine, (step + 1) / TRAINING["warmup"]))
         progress(step + 1, loss.item())
@@ -163,14 +174,13 @@ def train_adapter(model, seed: int, progress: Progress, steps: int = TRAINING["s
 # ---------------------------------------------------------------- what is measured
 
 
-EPISODES = 256  # of each figure
 GIVEN = 4  # pairs before one of them is written again, and before fillers
 
 Answers = Callable[[Episodes, Tensor], Tensor]  # episodes, keys [B, Q] -> tokens [B, Q]
 
 
 @torch.no_grad()
-def recall(answers: Answers, kind: str, pairs: int, fillers: int = 0, episodes: int = EPISODES) -> float:
+def recall(answers: Answers, kind: str, pairs: int, episodes: int, fillers: int = 0) -> float:
     """Share of right answers: of all pairs, or of QUESTIONS spread over the order of writing."""
     generator = torch.Generator().manual_seed(1000 + pairs)  # the same episodes for everyone
     drawn = draw(generator, episodes, pairs, kind, fillers=fillers)
@@ -179,9 +189,9 @@ def recall(answers: Answers, kind: str, pairs: int, fillers: int = 0, episodes: 
 
 
 @torch.no_grad()
-def rewriting(answers: Answers, kind: str, episodes: int = EPISODES) -> dict[str, float]:
+def rewriting(answers: Answers, episodes: int) -> dict[str, float]:
     """After GIVEN pairs one key is written again: how often it has its new value, its old one, and others theirs."""
-    drawn = draw(torch.Generator().manual_seed(2000), episodes, GIVEN, kind, rewritten=1)
+    drawn = draw(torch.Generator().manual_seed(2000), episodes, GIVEN, "held out", rewritten=1)
     given, again = answers(drawn, drawn.keys), drawn.values != drawn.before
     return {
         "new": mean((given == drawn.values)[again]),
@@ -194,15 +204,11 @@ def mean(right: Tensor) -> float:
     return right.float().mean().item()
 
 
-def measure(answers: Answers, kind: str = "held out") -> dict:
-    return {
-        "recall": {str(pairs): recall(answers, kind, pairs) for pairs in PAIRS},
-        "rewritten": rewriting(answers, kind),
-        "fillers": recall(answers, kind, GIVEN, FILLERS),
-    }
+def recall_by_pairs(answers: Answers, kind: str, episodes: int) -> dict[str, float]:
+    return {str(pairs): recall(answers, kind, pairs, episodes) for pairs in PAIRS}
 
 
-def measure_backbone(model) -> dict:
+def measure_backbone(model, episodes: int) -> dict:
     """With the episode before the question; and the question alone, on any combinations, where a guess is at chance."""
 
     def answers(context: bool, drawn: Episodes, keys: Tensor) -> Tensor:
@@ -213,10 +219,13 @@ def measure_backbone(model) -> dict:
             found.append(logits_at(model, tokens, -1).argmax(-1))
         return torch.stack(found, 1)
 
-    return {"with context": measure(partial(answers, True)), "without": measure(partial(answers, False), "any")}
+    return {
+        "with context": {"recall": recall_by_pairs(partial(answers, True), "held out", episodes)},
+        "without": {"recall": recall_by_pairs(partial(answers, False), "any", episodes)},
+    }
 
 
-def measure_adapter(model) -> dict:
+def measure_adapter(model, episodes: int) -> dict:
     """From the episode's state; and, on any combinations, from an empty one and from that of another episode."""
 
     def answers(state_of, drawn: Episodes, keys: Tensor) -> Tensor:
@@ -228,5 +237,11 @@ def measure_adapter(model) -> dict:
     def swapped(state):
         return state.select(torch.arange(state.batch_size).roll(1))
 
-    controls = {f.__name__: recall(partial(answers, f), "any", GIVEN) for f in (zeroed, swapped)}
-    return measure(partial(answers, lambda state: state)) | controls
+    own = partial(answers, lambda state: state)
+    return {
+        "recall": recall_by_pairs(own, "held out", episodes),
+        "rewritten": rewriting(own, episodes),
+        "fillers": recall(own, "held out", GIVEN, episodes, FILLERS),
+        "zeroed": recall(partial(answers, zeroed), "any", GIVEN, episodes),
+        "swapped": recall(partial(answers, swapped), "any", GIVEN, episodes),
+    }
