@@ -46,13 +46,25 @@ class Run:
         return f"{kind}-seed{self.seed}"
 
     @property
+    def steps(self) -> int:
+        """At most, for a backbone."""
+        if not self.rule:
+            return self.effort.backbone_steps
+        return self.effort.adapter_steps * 3 // 2 if self.rank == 16 else self.effort.adapter_steps
+
+    @property
     def backbone(self) -> "Run":
         return Run(self.seed, self.effort)
 
     @property
     def settings(self) -> dict:
         """What its figures depend on; a file of others is not taken for it."""
-        found = {"run": asdict(self), "task": task.GENERATOR, "backbone": training.BACKBONE | training.PRETRAINING}
+        found = {
+            "run": asdict(self),
+            "steps": self.steps,
+            "task": task.GENERATOR,
+            "backbone": training.BACKBONE | training.PRETRAINING,
+        }
         return found | ({"training": training.TRAINING} if self.rule else {})
 
 
@@ -83,9 +95,8 @@ def finished(folder: Path, run: Run) -> dict | None:
 def execute(folder: Path, run: Run) -> Run:
     """Train, save, measure; the file of figures comes last and whole."""
     start, home = time.perf_counter(), folder / run.name
-    effort = run.effort
-    steps = effort.adapter_steps if run.rule else effort.backbone_steps
-    with tqdm(total=steps, desc=run.name, position=1 + _row, leave=False, dynamic_ncols=True) as bar:
+    episodes = run.effort.episodes
+    with tqdm(total=run.steps, desc=run.name, position=1 + _row, leave=False, dynamic_ncols=True) as bar:
 
         def progress(step: int, loss: float) -> None:
             bar.update(step - bar.n)
@@ -94,13 +105,13 @@ def execute(folder: Path, run: Run) -> Run:
         if run.rule:
             model = transformers.Qwen3ForCausalLM.from_pretrained(folder / run.backbone.name)
             training.attach(model, run.seed, run.rule, run.rank, run.heads)
-            training.train_adapter(model, run.seed, steps, progress)
-            figures = training.measure_adapter(model, effort.episodes)
+            training.train_adapter(model, run.seed, run.steps, progress)
+            figures = training.measure_adapter(model, episodes)
             hf.save_adapter(model, home)
         else:
             model = training.new_backbone(run.seed)
-            training.train_backbone(model, run.seed, steps, progress)
-            figures = training.measure_backbone(model, effort.episodes)
+            training.train_backbone(model, run.seed, run.steps, progress)
+            figures = training.measure_backbone(model, episodes)
             model.save_pretrained(home)
     result = {"settings": run.settings, "seconds": time.perf_counter() - start, "figures": figures}
     (home / "figures.part").write_text(json.dumps(result, indent=2) + "\n")

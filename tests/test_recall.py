@@ -109,3 +109,25 @@ def test_finished_runs_stay(tmp_path, capfd):
     assert recall.finished(tmp_path, replace(adapter, effort=training.Effort(2, 3, 2))) is None
     (tmp_path / adapter.name / "figures.json").write_text("{")  # cut off
     assert recall.finished(tmp_path, adapter) is None
+
+
+def test_memory_remembers(monkeypatch):
+    """The example in a minute: up to 4 pairs, a short training, one seed. A guess is right in 6 % of cases."""
+    monkeypatch.setitem(training.PRETRAINING, "pairs", 4)
+    monkeypatch.setitem(training.TRAINING, "pairs", 4)
+    monkeypatch.setitem(training.TRAINING, "pairs_until", 1.0)
+    losses = []
+    model = training.new_backbone(0)
+    training.train_backbone(model, 0, 250, lambda step, loss: losses.append(loss))
+    found = training.measure_backbone(model, 64)
+    print(len(losses), found)
+    assert found["with context"]["recall"]["4"] > 0.95 > 0.15 > found["without"]["recall"]["4"]
+    frozen = [x.clone() for x in model.parameters()]
+    training.attach(model, 0, "standard", 16, 1)
+    training.train_adapter(model, 0, 250, lambda step, loss: losses.append(loss))
+    found = training.measure_adapter(model, 64)
+    print(found)
+    assert found["recall"]["1"] > 0.95 and found["recall"]["2"] > 0.9 and found["recall"]["4"] > 0.8
+    assert found["zeroed"] < 0.15 and found["swapped"] < 0.15
+    assert all(map(torch.equal, frozen, (x for name, x in model.named_parameters() if "delta_mem" not in name)))
+    assert [x.delta_mem.path for x in model.modules() if hasattr(x, "delta_mem")] == ["fused"] * 4
