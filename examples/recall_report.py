@@ -7,7 +7,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from recall_task import CHANCE
-from recall_training import FILLERS, GIVEN, PAIRS
+from recall_training import FILLERS, GIVEN, PAIRS, TRAINING
 
 INK, FAINT, PALE = "#1f2430", "#8a90a0", "#e8eaf0"
 RULES = {"standard": "#1f7a6d", "lambda_outside": "#d08a3e", "no_lambda": "#3f4fa8"}
@@ -26,7 +26,8 @@ COLUMNS = {str(pairs): ("recall", str(pairs)) for pairs in PAIRS} | {
 FOUR = ("recall", str(GIVEN))
 NEAR = 0.03  # of chance: three standard deviations of a mean over the episodes of one seed, and more
 LEGEND = (
-    f"1 to {PAIRS[-1]}: recall of that many pairs, in %, mean over seeds. worst: the worst seed's of {GIVEN} pairs.\n"
+    f"1 to {PAIRS[-1]}: recall of that many pairs (trained: up to {TRAINING['pairs']}), in %, mean over seeds. "
+    f"worst: the worst seed's of {GIVEN}.\n"
     f"new, old, others: after {GIVEN} pairs a key is written again: its new value, its old one, those of the others.\n"
     f"fillers: {GIVEN} pairs, then {FILLERS} filler tokens. zeroed, swapped: {GIVEN} pairs, asked of an empty state,\n"
     "and of that of another episode. These two and the backbone without context are on any combinations of key and\n"
@@ -103,6 +104,7 @@ def picture(path, rows: Rows, footnote: str) -> None:
     for state, axis in zip(STATES, axes.flat, strict=False):
         _recall_panel(axis, rows, state)
     _bars_panel(axes.flat[3], rows)
+    axes.flat[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 0.08))
     for axis in axes.flat:
         axis.axhline(100 * CHANCE, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
         axis.set_ylim(0, 104)
@@ -137,16 +139,15 @@ def _recall_panel(axis, rows: Rows, state: tuple[int, int]) -> None:
     axis.set_title(f"δ-mem, {STATES[state]}", loc="left", fontsize=10, color=INK, fontweight="bold")
     axis.set_xticks(PAIRS, PAIRS)
     axis.set_xlabel("pairs", color=FAINT, fontsize=9)
-    axis.legend(frameon=False, fontsize=8, labelcolor=INK, loc="lower left", bbox_to_anchor=(0, 0.08))
 
 
 def _bars_panel(axis, rows: Rows) -> None:
     bars = {
-        "new value": ("rewritten", "new"),
-        "old value": ("rewritten", "old"),
-        "other keys": ("rewritten", "others"),
-        "after fillers": ("fillers",),
-        "swapped state": ("swapped",),
+        "new\nvalue": ("rewritten", "new"),
+        "other\nkeys": ("rewritten", "others"),
+        "after\nfillers": ("fillers",),
+        "old\nvalue": ("rewritten", "old"),
+        "swapped\nstate": ("swapped",),
     }
     shades = ("#a9d1c9", "#1f7a6d", "#0d3b35")
     for index, (state, shade) in enumerate(zip(STATES, shades, strict=True)):
