@@ -72,8 +72,8 @@ def plan(effort: training.Effort) -> list[Run]:
     """The published rule with every seed, the others with the first."""
     adapters = [
         Run(seed, effort, rule, *shape)
-        for seed in SEEDS
         for rule in report.RULES
+        for seed in SEEDS
         for shape in report.STATES
         if rule == "standard" or seed == SEEDS[0]
     ]
