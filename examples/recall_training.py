@@ -46,9 +46,8 @@ TRAINING = {
     "lr": 5e-3,
     "warmup": 20,
     "pairs": 8,
-    "questions": 8,  # of an episode, at most
     "all_pairs_from": 0.3,  # of the steps
-    "pairs_until": 0.4,
+    "pairs_until": 0.4,  # so long nothing else
     "rewrites": 0.7,  # of the steps from then on
     "fillers": 0.2,
     "filler_batch": 16,  # such episodes are long
@@ -163,7 +162,7 @@ def train_adapter(model, seed: int, steps: int, progress: Progress) -> None:
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     for step in range(steps):
         episodes = training_episodes(generator, step / steps)
-        asked = torch.randperm(episodes.keys.shape[1], generator=generator)[: TRAINING["questions"]]
+        asked = torch.randperm(episodes.keys.shape[1], generator=generator)[:QUESTIONS]
         logits = ask(model, episodes.keys[:, asked], remember(model, episodes.tokens))
         loss = F.cross_entropy(logits.flatten(0, 1), episodes.values[:, asked].flatten())
         cosine = 0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2
