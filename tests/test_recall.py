@@ -104,6 +104,7 @@ def test_finished_runs_stay(tmp_path, capfd):
     model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / backbone.name)
     hf.load_adapter(model, tmp_path / adapter.name)
     assert training.measure_adapter(model, 2) == stored[1]["figures"]  # the files are what was measured
+    capfd.readouterr()
     recall.execute_all(tmp_path, [backbone, adapter], jobs=2)
     assert capfd.readouterr().err == ""  # nothing ran
     assert recall.finished(tmp_path, replace(adapter, effort=training.Effort(2, 3, 2))) is None
