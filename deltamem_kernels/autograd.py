@@ -11,7 +11,7 @@ from deltamem_kernels.plans import kernels
 
 
 def _once(backward):
-    """torch's ``once_differentiable``, entered only where a graph of the gradients is asked for: its own time counts."""
+    """torch's ``once_differentiable``, entered only where a graph of the gradients is asked for: it takes its time."""
     checked = once_differentiable(backward)
 
     def run(ctx, *cotangents):
