@@ -40,7 +40,7 @@ def test_chunks_of_tokens_add_up_in_order(monkeypatch):
     from deltamem_kernels.triton_ops import delta_prep_bwd
 
     monkeypatch.setattr(delta_prep_bwd, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(delta_prep_bwd, "NARROW_TILE", (16, 1))
+    monkeypatch.setattr(delta_prep_bwd, "WARP_TILE", 16)
     args = bwd_args(prep_args(**{**TINY, "B": 1, "T": 27, "D": 8}))
     first = check_against_reference("delta_prep_bwd", "triton", args)
     assert all(map(same_bits, first, call("delta_prep_bwd", "triton", args)))
