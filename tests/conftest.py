@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items):
     if not ON_GPU and any(item.path.name.startswith("test_triton_delta_") for item in items):
         import interpreter
 
-        interpreter.round_bf16_as_a_gpu()
+        interpreter.as_a_gpu()
 
 
 def pytest_runtest_setup(item):
