@@ -120,8 +120,8 @@ SEGMENTED = {
 
 @pytest.mark.parametrize("case", SEGMENTED)
 def test_segments(case, segmented):
-    """A state, or its gradient, reaches a segment through a map of each level, and each rounds it to fp32 once more than
-    a loop over the tokens does: a unit a level. Where gates forget, little of it is left to count beside what the
+    """A state, or its gradient, reaches a segment through a map of each level, and each rounds it to fp32 once more
+    than a loop over the tokens does: a unit a level. Where gates forget, little of it is left to count beside what the
     segment itself adds, and one unit is enough."""
     args = scan_args(**SMALL | SEGMENTED[case])
     check_scan("triton", args, roundings=LEVELS if case == "remembering" else 1)
