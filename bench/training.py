@@ -2,9 +2,8 @@
 
 Rows: the bare attention on tensors that are ready, in each torch formulation and ours; this package's scan and prep in
 front of each of torch's; our layer without and with memory; the layer in eager torch, which loops over tokens for the
-memory. Gradients flow to every projection, norm
-weight and memory weight that a row uses. Peak memory includes the gradients. The GEMM rate is that of the causal half
-of attention's products, 2 forward and 5 backward.
+memory. Gradients flow to every projection, norm weight and memory weight that a row uses. Peak memory includes the
+gradients. The GEMM rate is that of the causal half of attention's products, 2 forward and 5 backward.
 """
 
 from functools import partial
