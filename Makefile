@@ -32,7 +32,7 @@ test: lint
 	cd tests && ../$(BIN)/pytest --durations=8 .
 
 static: $(VENV)/installed
-	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py
+	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py --summary ../bench/results/triton-lowering.txt
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
