@@ -248,7 +248,7 @@ def _end(record: Attachment, decoder, args, kwargs, output):
     record.call = None
     state: DeltaMemState | None = call.container
     if state is not None and call.write:
-        state._advance(call.final)
+        state._advance(call.final, call.gates)
     call.final = call.container = None
 
 

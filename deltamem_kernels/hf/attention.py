@@ -109,7 +109,7 @@ def _without_cache(memory, call, packed, hidden, q, k, v, arguments):
         if segments:
             write = memory.scan_arguments(packed, tokens)
             final = delta_scan(**write, initial_state=state, token_mask=written).final_state
-        call.store(memory.index, final)
+        call.store(memory, final, packed, tokens, written)
     return result.out, result.reads
 
 
@@ -158,9 +158,9 @@ def _with_cache(module, call, packed, hidden, q, k, v, arguments, cache, layer):
         if call.states is None:
             layer.delta_put(final)
         else:
-            call.store(memory.index, final)
+            call.store(memory, final, packed, tokens, written)
     elif call.states is not None and call.write:
-        call.store(memory.index, pool)
+        call.store(memory, pool, packed, tokens, written)
     return out, reads
 
 

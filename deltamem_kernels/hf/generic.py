@@ -97,7 +97,7 @@ def advance(module, call, packed, hidden, cache):
     if layer is not None:
         layer.delta_put(final)
     elif call.states is not None:
-        call.store(memory.index, final)
+        call.store(memory, final, packed, tokens, written)
     return reads
 
 
