@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from train_data import IGNORED, Batch, Dataset, Limits, collate
@@ -160,7 +161,7 @@ class Trainer:
         begin = time.perf_counter()
         figures = self.gradients()
         norm = self.accelerator.clip_grad_norm_(self.trained, self.options.max_grad_norm)
-        figures["gradient_norm"] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        figures["gradient_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         figures["learning_rate"] = self.schedule.get_last_lr()[0]
         self.optimizer.step()
         self.schedule.step()
@@ -220,7 +221,7 @@ class Trainer:
 
     def _gathers(self) -> bool:
         """Whether this process takes part in saving parameters: all do where they are sharded."""
-        return self.accelerator.is_main_process or self.accelerator.distributed_type == DistributedType.FSDP
+        return self.accelerator.is_main_process or isinstance(self.trained[0], DTensor)
 
     def load(self, folder: Path) -> None:
         """Optimizer, schedule and step of a checkpoint whose adapter the model has."""
