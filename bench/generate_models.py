@@ -159,7 +159,7 @@ class EagerMemory:
     """Hooks on a stock attention module that add a memory; its state lives here."""
 
     def __init__(self, module, memory):
-        self.memory, self.state, self.reads = memory, None, None
+        self.memory, self.state, self.reads, self.write = memory, None, None, True
         module.register_forward_pre_hook(self.read, with_kwargs=True)
         for head in memory.config.delta_heads:
             projection = getattr(module, f"{head}_proj")
@@ -170,7 +170,10 @@ class EagerMemory:
         self.packed = self.memory.packed(hidden.dtype)
         projected = self.memory.project(self.packed, hidden, True)._asdict()
         inputs = eager.memory_inputs(projected | {"beta_bias": self.packed.beta_bias})
-        self.reads, self.state = eager.scan_loop(*inputs, self.state)
+        if self.write:
+            self.reads, self.state = eager.scan_loop(*inputs, self.state)
+        else:
+            self.reads = torch.einsum("bhij,bthj->bthi", self.state, inputs[0])
 
     def correct(self, head, out):
         delta = self.packed.deltas.get(head)

@@ -1,7 +1,7 @@
 """Train a δ-mem adapter for a frozen local model.
 
     python examples/train_adapter.py --model DIR --train episodes.jsonl --output DIR
-    accelerate launch [--use_fsdp --fsdp_version 2 ...] examples/train_adapter.py ...     several processes, DDP or FSDP2
+    accelerate launch examples/train_adapter.py ...       several processes: DDP, or FSDP version 2 as accelerate is told
 
 An episode is a conversation, a question about it and the answer (examples/train_data.py has the format). One step:
 
@@ -297,9 +297,7 @@ def load_model(options, checkpoint: Path | None):
 def build(options) -> Trainer:
     """Everything loaded and checked, at the step to start from."""
     # bf16 is the backbone's own dtype here, so nothing is to be autocast
-    accelerator = Accelerator(
-        cpu=options.cpu, mixed_precision="no", log_with="tensorboard", project_dir=options.output
-    )
+    accelerator = Accelerator(cpu=options.cpu, mixed_precision="no", log_with="tensorboard", project_dir=options.output)
     kind = accelerator.distributed_type
     if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
         kind == DistributedType.FSDP and not accelerator.is_fsdp2

@@ -174,7 +174,8 @@ def _encode(episode: dict, tokenizer, limits: Limits, granularity: str) -> Episo
     if len(context) > limits.context:
         if not limits.truncate_context:
             raise EpisodeError(
-                f"context must have at most {limits.context} tokens (or be cut by --truncate-context), got {len(context)}"
+                f"context must have at most {limits.context} tokens (or be cut by --truncate-context), got "
+                f"{len(context)}"
             )
         context = context[-limits.context :]
         segments = None if segments is None else segments[-limits.context :]

@@ -17,9 +17,7 @@ TEMPLATE = (
 def tokenizer(template=TEMPLATE):
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", chat_template=template
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", chat_template=template)
 
 
 def checkpoint(folder, **options):

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="the trainer needs accelerate")
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-import episodes  # noqa: E402
-import train_adapter  # noqa: E402
-import train_data  # noqa: E402
-from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-from train_process import gradients  # noqa: E402
+import episodes
+import train_adapter
+import train_data
+from accelerate.state import AcceleratorState, GradientState
+from train_process import gradients
 
-from deltamem_kernels import hf  # noqa: E402
+from deltamem_kernels import hf
 
 COMMON = "--dtype float32 --learning-rate 0.02 --batch-size 4 --cpu"
 
@@ -108,7 +108,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(files, tmp_path, more, monk
     assert all(torch.equal(parameters[n], expected[n]) for n in expected)
     moments, expected = (torch.load(x / "trainer.pt", weights_only=True)["optimizer"]["state"] for x in (ours, theirs))
     assert all(torch.equal(moments[n][m], x) for n in expected for m, x in expected[n].items())
-    timeless = [[{k: x for k, x in row.items() if k != "seconds"} for row in metrics(tmp_path / n)] for n in ("cut", "whole")]
+    timeless = [
+        [{k: x for k, x in row.items() if k != "seconds"} for row in metrics(tmp_path / n)] for n in ("cut", "whole")
+    ]
     assert timeless[0] == timeless[1] and len(timeless[0]) == 5
 
 
