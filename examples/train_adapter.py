@@ -1,7 +1,7 @@
 """Train a δ-mem adapter for a frozen local model.
 
     python examples/train_adapter.py --model DIR --train episodes.jsonl --output DIR
-    accelerate launch examples/train_adapter.py ...       several processes: DDP, or FSDP version 2 as accelerate is told
+    accelerate launch examples/train_adapter.py ...     several processes: DDP, or FSDP version 2 as accelerate is told
 
 An episode is a conversation, a question about it and the answer (examples/train_data.py has the format). One step:
 
