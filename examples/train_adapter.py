@@ -279,23 +279,22 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def load_model(options, checkpoint: Path | None):
-    """-> the frozen model with its memory, tokenizer"""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, local_files_only=True)
+def load_model(options, config: hf.DeltaMemConfig, checkpoint: Path | None):
+    """The frozen model with its memory, new or a checkpoint's."""
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, local_files_only=True, dtype=options.dtype)
     torch.manual_seed(options.seed)
     if checkpoint is None:
-        hf.attach(model, hf.DeltaMemConfig.from_dict(PUBLISHED | options.memory))
+        hf.attach(model, config)
     else:
         hf.load_adapter(model, checkpoint)
-    if options.gradient_checkpointing:  # under the name it has before transformers 5.24, or since
+    if options.gradient_checkpointing:  # under the name that it has since transformers 5.24, or before
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return model, tokenizer
+    return model
 
 
 def build(options) -> Trainer:
-    """Everything loaded and checked, at the step to start from."""
+    """Everything loaded and checked, at the step to start from; what takes long comes last."""
     # bf16 is the backbone's own dtype here, so nothing is to be autocast
     accelerator = Accelerator(cpu=options.cpu, mixed_precision="no", log_with="tensorboard", project_dir=options.output)
     kind = accelerator.distributed_type
@@ -303,23 +302,21 @@ def build(options) -> Trainer:
         kind == DistributedType.FSDP and not accelerator.is_fsdp2
     ):
         raise ValueError(f"accelerate must launch one process, DDP or FSDP version 2, got {kind.value}")
+    main = accelerator.is_main_process
     output = Path(options.output)
     saved = checkpoints(output)
     if saved and not options.resume:
         raise ValueError(f"--output must be a folder without checkpoints (or --resume given), got {saved[-1]}")
     checkpoint = saved[-1] if saved else None
-    model, tokenizer = load_model(options, checkpoint)
+    config = hf.DeltaMemConfig.from_dict(PUBLISHED | options.memory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     limits = Limits(options.max_context_tokens, options.max_question_tokens, options.truncate_context)
-    granularity = model._delta_mem.config.memory_write_granularity
-
-    def read_episodes(path):
-        def progress(lines):
-            return tqdm(lines, desc=Path(path).name, leave=False, disable=not accelerator.is_main_process)
-
-        return Dataset(path, tokenizer, limits, granularity, progress)
-
-    data, held_out = read_episodes(options.train), read_episodes(options.eval) if options.eval else None
-    if accelerator.is_main_process:
+    data, held_out = (
+        path and Dataset(path, tokenizer, limits, config.memory_write_granularity, show_progress=main)
+        for path in (options.train, options.eval)
+    )
+    model = load_model(options, config, checkpoint)
+    if main:
         output.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(options, accelerator, model, data, held_out)
     if checkpoint is not None:

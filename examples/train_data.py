@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 Tensor = torch.Tensor
 
@@ -71,14 +72,14 @@ class Dataset:
         tokenizer: A transformers tokenizer; without a chat template, messages are joined by newlines.
         limits: What an episode may hold.
         granularity: The adapter's ``memory_write_granularity``.
-        progress: Wraps the lines, for a progress bar.
+        show_progress: A bar over the lines.
 
     Raises:
         EpisodeError: A line is no episode, or too long.
         OSError: The file cannot be read.
     """
 
-    def __init__(self, path, tokenizer, limits: Limits, granularity: str = "token", progress=lambda lines: lines):
+    def __init__(self, path, tokenizer, limits: Limits, granularity: str = "token", show_progress: bool = False):
         data = Path(path).read_bytes()
         self.digest = hashlib.sha256(data).hexdigest()
         self.episodes = []
@@ -86,7 +87,7 @@ class Dataset:
             lines = data.decode().split("\n")  # not splitlines: JSON strings may hold other line separators
         except UnicodeDecodeError as error:
             raise EpisodeError(f"{path}: file must be UTF-8, got {error}") from error
-        for number, line in enumerate(progress(lines), 1):
+        for number, line in enumerate(tqdm(lines, desc=Path(path).name, leave=False, disable=not show_progress), 1):
             if line.strip():
                 try:
                     self.episodes.append(_encode(_parse(line), tokenizer, limits, granularity))

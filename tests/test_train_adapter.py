@@ -68,7 +68,7 @@ def test_memory_alone_learns_and_lands_in_the_published_format(files, tmp_path):
     assert rows[1]["learning_rate"] == 0 and rows[3]["learning_rate"] == pytest.approx(0.02)
     assert rows[1]["gate"] == pytest.approx(torch.sigmoid(torch.tensor(-1.5)).item(), rel=1e-5)
     assert any((tmp_path / "tensorboard").iterdir())
-    model, _ = train_adapter.load_model(options(files, tmp_path), None)
+    model = train_adapter.load_model(options(files, tmp_path), hf.DeltaMemConfig(rank=2), None)
     backbone = {n: p.clone() for n, p in model.named_parameters() if "delta_mem" not in n}
     hf.detach(model)
     config = hf.load_adapter(model, tmp_path)
