@@ -1,4 +1,5 @@
 # make demo   install, benchmark decode throughput here, and stream a text through delta-mem layers
+# make recall train a tiny model's delta-mem to remember, and show what it recalls with its context gone
 # make test   install, lint, and run every test against the installed wheel
 # make static every Triton kernel compiled for every supported GPU, without one: registers, spills, instructions
 # make gpu    where a CUDA device is: test, compute-sanitizer and benchmark on it, without a network
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
+.PHONY: demo recall test static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
@@ -26,6 +27,10 @@ demo: $(VENV)/installed
 	mkdir -p demo
 	$(BIN)/python bench/decode.py --output demo/decode.json
 	$(BIN)/python examples/stream_text.py
+
+# Two runs at a time on two cores. A second start goes on where the first one ended.
+recall: $(VENV)/installed
+	$(BIN)/python examples/recall.py --output demo/recall
 
 # From tests/, so that the source tree cannot stand in for the wheel.
 test: lint
