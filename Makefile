@@ -37,7 +37,7 @@ test: lint
 	cd tests && ../$(BIN)/pytest --durations=8 .
 
 static: $(VENV)/installed
-	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py
+	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py --summary ../bench/results/triton-lowering.txt
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -62,7 +62,7 @@ sanitize: $(VENV)/installed
 
 bench: $(VENV)/installed
 	mkdir -p bench/results
-	for name in scan decode prefill training host; do \
+	for name in scan decode prefill training training_step host; do \
 	  $(BIN)/python bench/$$name.py --output bench/results/$$name.json || exit 1; done
 
 # On a machine with a CUDA device. Nothing is downloaded and no environment is made: GPU_PYTHON names a Python that has
@@ -103,7 +103,7 @@ GPU_OPTIONS_decode := --batches 1 4 16
 GPU_OPTIONS_prefill := --tokens 2048 8192 32768
 GPU_OPTIONS_training := --tokens 2048 8192
 GPU_OPTIONS_host := --backend triton
-gpu-bench: $(addprefix gpu-bench-,scan decode prefill training host)
+gpu-bench: $(addprefix gpu-bench-,scan decode prefill training training_step host)
 
 gpu-bench-%: $(GPU_BUILD)/installed
 	mkdir -p bench/results
