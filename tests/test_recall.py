@@ -123,9 +123,9 @@ def test_memory_remembers(monkeypatch):
     assert found["with context"]["recall"]["4"] > 0.9 > 0.15 > found["without"]["recall"]["4"]
     frozen = [x.clone() for x in model.parameters()]
     training.attach(model, 0, "standard", 16, 1)
-    training.train_adapter(model, 0, 250, lambda *_: None)
+    training.train_adapter(model, 0, 450, lambda *_: None)
     found = training.measure_adapter(model, 64)
-    assert found["recall"]["1"] > 0.95 and found["recall"]["2"] > 0.85 and found["recall"]["4"] > 0.6
+    assert found["recall"]["1"] > 0.95 and found["recall"]["2"] > 0.85 and found["recall"]["4"] > 0.7
     assert found["zeroed"] < 0.15 and found["swapped"] < 0.15
     assert all(map(torch.equal, frozen, (x for name, x in model.named_parameters() if "delta_mem" not in name)))
     assert [x.delta_mem.path for x in model.modules() if hasattr(x, "delta_mem")] == ["fused"] * 4
