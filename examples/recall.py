@@ -50,7 +50,7 @@ class Run:
         """At most, for a backbone."""
         if not self.rule:
             return self.effort.backbone_steps
-        return self.effort.adapter_steps * 3 // 2 if self.rank == 16 else self.effort.adapter_steps
+        return self.effort.adapter_steps * 5 // 8 if self.heads > 1 else self.effort.adapter_steps
 
     @property
     def backbone(self) -> "Run":
@@ -60,19 +60,20 @@ class Run:
     def settings(self) -> dict:
         """What its figures depend on; a file of others is not taken for it."""
         found = {
-            "run": asdict(self),
+            "run": self.name,
             "steps": self.steps,
+            "episodes": self.effort.episodes,
             "task": task.GENERATOR,
             "backbone": training.BACKBONE | training.PRETRAINING,
         }
         return found | ({"training": training.TRAINING} if self.rule else {})
 
 
-def plan(effort: training.Effort) -> list[Run]:
+def plan(effort: training.Effort, rules: list[str]) -> list[Run]:
     """The published rule with every seed, the others with the first."""
     adapters = [
         Run(seed, effort, rule, *shape)
-        for rule in report.RULES
+        for rule in rules
         for seed in SEEDS
         for shape in report.STATES
         if rule == "standard" or seed == SEEDS[0]
@@ -94,7 +95,7 @@ def finished(folder: Path, run: Run) -> dict | None:
 
 def execute(folder: Path, run: Run) -> Run:
     """Train, save, measure; the file of figures comes last and whole."""
-    start, home = time.perf_counter(), folder / run.name
+    start, busy, home = time.perf_counter(), time.process_time(), folder / run.name
     episodes = run.effort.episodes
     with tqdm(total=run.steps, desc=run.name, position=1 + _row, leave=False, dynamic_ncols=True) as bar:
 
@@ -113,7 +114,8 @@ def execute(folder: Path, run: Run) -> Run:
             training.train_backbone(model, run.seed, run.steps, progress)
             figures = training.measure_backbone(model, episodes)
             model.save_pretrained(home)
-    result = {"settings": run.settings, "seconds": time.perf_counter() - start, "figures": figures}
+    spent = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - busy}
+    result = {"settings": run.settings, **spent, "figures": figures}
     (home / "figures.part").write_text(json.dumps(result, indent=2) + "\n")
     os.replace(home / "figures.part", home / "figures.json")
     return run
@@ -163,12 +165,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo/recall"), help="folder of finished runs and results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, each on one core")
+    parser.add_argument("--rules", nargs="+", choices=list(report.RULES), default=list(report.RULES), help="of update")
     for field in fields(training.Effort):
         parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default)
     options = parser.parse_args()
     effort = training.Effort(options.backbone_steps, options.adapter_steps, options.episodes)
 
-    runs, start = plan(effort), time.perf_counter()
+    rules = [rule for rule in report.RULES if rule == "standard" or rule in options.rules]
+    runs, start = plan(effort, rules), time.perf_counter()
     execute_all(options.output, runs, options.jobs)
     found = {run: finished(options.output, run) for run in runs}
     rows = {report.CONTEXT: [], report.ALONE: []}
@@ -181,13 +185,18 @@ def main() -> int:
             rows[report.ALONE].append(figures["without"])
     env = timing.environment(torch.device("cpu"), "fp32", METHOD)
     env |= {"threads": 1, "jobs": options.jobs, "transformers": transformers.__version__}
-    env |= {"generator": task.GENERATOR, "chance": task.CHANCE, "seeds": SEEDS}
-    env |= {"this_start_s": time.perf_counter() - start, "all_runs_s": sum(x["seconds"] for x in found.values())}
+    env |= {"generator": task.GENERATOR, "chance": task.CHANCE, "seeds": SEEDS, "training": training.TRAINING}
+    env |= {"steps": {report.STATES[run.rank, run.heads]: run.steps for run in runs if run.rule}}
+    spent = ("seconds", "cpu_seconds")
+    env |= {"this_start_s": time.perf_counter() - start}
+    env |= {f"all_runs_{kind}": sum(x[kind] for x in found.values()) for kind in spent}
     lines, reached = report.verdict(rows)
     timing.print_header("Recall", env)
-    print(f"{task.GENERATOR}\nchance {100 * task.CHANCE:.2f} % · seeds {', '.join(map(str, SEEDS))}\n{report.LEGEND}\n")
+    print(f"{task.GENERATOR}\nchance {100 * task.CHANCE:.2f} % · seeds {', '.join(map(str, SEEDS))}")
+    print("steps of training: " + "; ".join(f"{state}: {steps}" for state, steps in env["steps"].items()))
+    print(f"{report.LEGEND}\n")
     print(report.table(rows), "", *lines, "", sep="\n")
-    results = [{**asdict(run), "seconds": x["seconds"], **x["figures"]} for run, x in found.items()]
+    results = [{**asdict(run), **{kind: x[kind] for kind in spent}, **x["figures"]} for run, x in found.items()]
     timing.write_results(options.output / "recall.json", env, results)
     report.picture(
         options.output / "recall.png", rows, f"{env['hardware']} · torch {env['torch']} · commit {env['commit']}"

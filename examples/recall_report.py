@@ -129,7 +129,9 @@ def _recall_panel(axis, rows: Rows, state: tuple[int, int]) -> None:
 
     line(rows[CONTEXT], color=INK, linewidth=1.2, label=CONTEXT)
     for rule, colour in RULES.items():
-        figures = rows[row_name(rule, *state)]
+        figures = rows.get(row_name(rule, *state))
+        if not figures:  # not asked for
+            continue
         seeds = f", {len(figures)} seeds" if len(figures) > 1 else ", 1 seed"
         line(figures, color=colour, linewidth=1.8, marker="o", label=rule + seeds)
         if len(figures) > 1:

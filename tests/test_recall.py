@@ -89,25 +89,39 @@ def test_report(tmp_path):
     assert not reached and [line.split(":")[0] for line in lines if "MISSED" in line] == ["R = 16", "R = 8, four heads"]
     lines, _ = report.verdict(rows(1.0, 0.79))
     assert sum("MISSED" in line for line in lines) == 4  # the worst seed, and the means of three states
-    report.picture(tmp_path / "x.png", rows(0.9, 0.8), "note")
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    published = {name: x for name, x in rows(0.9, 0.8).items() if "lambda" not in name}
+    assert len(published) == 5 and report.verdict(published)[0] == report.verdict(rows(0.9, 0.8))[0]
+    for name, drawn in {"all": rows(0.9, 0.8), "published": published}.items():
+        report.picture(tmp_path / f"{name}.png", drawn, "note")
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_plan():
+    runs = recall.plan(training.Effort(adapter_steps=16), ["standard", "no_lambda"])
+    found = [(run.seed, run.rule, run.rank, run.heads, run.steps) for run in runs if run.rule]
+    states = [(8, 1, 16), (16, 1, 16), (8, 4, 10)]
+    assert found == [
+        *((seed, "standard", *state) for seed in (0, 1, 2) for state in states),
+        *((0, "no_lambda", *state) for state in states),
+    ]
+    assert [run.name for run in runs if not run.rule] == [f"backbone-seed{seed}" for seed in (0, 1, 2)]
 
 
 def test_finished_runs_stay(tmp_path, capfd):
-    effort = training.Effort(backbone_steps=2, adapter_steps=2, episodes=2)
+    effort = training.Effort(backbone_steps=2, adapter_steps=4, episodes=2)
     backbone = recall.Run(0, effort)
     adapter = recall.Run(0, effort, "standard", 8, 4)
     recall.execute_all(tmp_path, [adapter, backbone], jobs=2)  # the adapter waits for its backbone
     assert "2/2" in capfd.readouterr().err
     stored = [recall.finished(tmp_path, run) for run in (backbone, adapter)]
-    assert stored[1]["settings"]["run"]["heads"] == 4 and 0 <= stored[1]["figures"]["recall"]["8"] <= 1
+    assert stored[1]["settings"]["run"] == adapter.name and 0 <= stored[1]["figures"]["recall"]["8"] <= 1
     model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / backbone.name)
     hf.load_adapter(model, tmp_path / adapter.name)
     assert training.measure_adapter(model, 2) == stored[1]["figures"]  # the files are what was measured
     capfd.readouterr()
     recall.execute_all(tmp_path, [backbone, adapter], jobs=2)
     assert capfd.readouterr().err == ""  # nothing ran
-    assert recall.finished(tmp_path, replace(adapter, effort=training.Effort(2, 3, 2))) is None
+    assert recall.finished(tmp_path, replace(adapter, effort=training.Effort(2, 8, 2))) is None
     (tmp_path / adapter.name / "figures.json").write_text("{")  # cut off
     assert recall.finished(tmp_path, adapter) is None
 
