@@ -46,6 +46,7 @@ inline Tensor tensor_from(PyObject* object, int32_t device_type) {
   Tensor t;
   t.data = lent.data != nullptr ? static_cast<char*>(lent.data) + lent.byte_offset : &nothing;
   t.dtype = dtype_of(lent.dtype);
+  t.device = static_cast<int8_t>(lent.device.device_id);
   t.ndim = lent.ndim;
   for (int i = 0; i < lent.ndim; ++i) {
     t.size[i] = lent.shape[i];
