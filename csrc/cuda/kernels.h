@@ -1,5 +1,5 @@
-// The CUDA ops as the bindings see them: plain C++ without a CUDA header. An op takes what it was given as params
-// and the call it stands in, queues its kernels on the call's stream and returns; it throws Failure.
+// The CUDA ops as the bindings see them: plain C++ without a CUDA header. An op takes what it was given as
+// params and the call it stands in, queues its kernels on the call's stream and returns; it throws Failure.
 #pragma once
 
 #include <cstddef>

@@ -12,7 +12,8 @@ inline constexpr int kWarp = 32;
 
 inline void check(const Call& call, const char* error, const char* what) {
   if (error == nullptr) return;
-  throw Failure(std::string("deltamem_kernels: ") + call.op + ": " + what + " must succeed, got CUDA error '" + error + "'");
+  throw Failure(std::string("deltamem_kernels: ") + call.op + ": " + what +
+                " must succeed, got CUDA error '" + error + "'");
 }
 
 // Queues kKernel(args...) on the call's stream; a grid without blocks is nothing to do.

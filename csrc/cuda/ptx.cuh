@@ -1,6 +1,6 @@
-// All PTX and intrinsics of the CUDA kernels, in two forms with one signature: for nvcc, and for a host compiler
-// that runs the kernels on a CPU (every __CUDACC__ of this folder stands here). Kernels use these words and plain
-// C++ only; dynamic shared memory is had through shared_memory.cuh.
+// All PTX and intrinsics of the CUDA kernels, in two forms with one signature: for nvcc, and for a host
+// compiler that runs the kernels on a CPU (every __CUDACC__ of this folder stands here). Kernels use these
+// words and plain C++ only; dynamic shared memory is had through shared_memory.cuh.
 //
 // Words that name a warp are collective: every lane of the warp calls them, from the same line.
 #pragma once
@@ -148,8 +148,8 @@ DELTAMEM_DEVICE void cp_async_wait() {
 
 // ---- tensor cores ----------------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit numbers from shared memory. Lane i gives the address of row i % 8 of matrix i / 8
-// (16 bytes, aligned) and gets elements [lane / 4][2 * (lane % 4) + {0, 1}] of matrix j in fragment[j].
+// Four 8x8 matrices of 16-bit numbers from shared memory. Lane i gives the address of row i % 8 of matrix i /
+// 8 (16 bytes, aligned) and gets elements [lane / 4][2 * (lane % 4) + {0, 1}] of matrix j in fragment[j].
 DELTAMEM_DEVICE void ldmatrix(uint32_t (&fragment)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
@@ -218,11 +218,14 @@ DELTAMEM_DEVICE char* dynamic_shared_memory() {
 // ---- host side: devices and launches -------------------------------------------------------------------
 
 struct Device {
-  int index, multiprocessors, shared_memory_per_block, shared_memory_per_multiprocessor, compute_capability;  // 90
+  int index, multiprocessors, shared_memory_per_block, shared_memory_per_multiprocessor,
+      compute_capability;  // 90
 };
 
 // Each returns the text of what went wrong, or null.
-inline const char* failure(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+inline const char* failure(cudaError_t error) {
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
 
 inline const char* describe_device(int index, Device* device) {
   int major = 0, minor = 0;
@@ -270,8 +273,8 @@ const char* launch(const LaunchShape& shape, int device, void* stream, const Arg
   if (shape.shared_bytes > 48 * 1024) {  // more than every chip grants unasked
     static size_t granted[64] = {};
     if (granted[device % 64] < shape.shared_bytes) {
-      if (const char* error = failure(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                           static_cast<int>(shape.shared_bytes)))) {
+      if (const char* error = failure(cudaFuncSetAttribute(
+              kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)))) {
         return error;
       }
       granted[device % 64] = shape.shared_bytes;

@@ -1,5 +1,6 @@
-// Cuts a block's dynamic shared memory into arrays. The same code tells the host how much a kernel needs: a struct
-// that takes its arrays in its constructor is laid out over the block's memory in the kernel, and over nothing here.
+// Cuts a block's dynamic shared memory into arrays. The same code tells the host how much a kernel needs: a
+// struct that takes its arrays in its constructor is laid out over the block's memory in the kernel, and over
+// nothing here.
 //
 //     struct Tiles {
 //       bf16* k;

@@ -3,7 +3,6 @@
 import torch
 
 
-
 def delta_attention_fwd(
     kernels,
     q,

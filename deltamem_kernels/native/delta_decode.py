@@ -1,8 +1,6 @@
 """Launcher of the decode step."""
 
 
-
-
 def delta_decode(
     kernels,
     q,

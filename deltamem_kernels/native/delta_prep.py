@@ -3,7 +3,6 @@
 import torch
 
 
-
 def delta_prep_fwd(
     kernels,
     q,
