@@ -18,7 +18,7 @@ Run* run = nullptr;
 namespace {
 
 constexpr int64_t kMaxIdle = 1 << 22;  // yields in a row while nothing else happens
-constexpr size_t kMaxRaceThreads = 8000;
+constexpr int64_t kMaxRaceThreads = 8000;
 
 char ended;  // tells TSan that what follows the grid follows all its threads
 
