@@ -48,11 +48,11 @@ class Prologue {
     if (column < segment_.columns) {
       const int token = (segment_.first_column + column) / call_.group;
       const int head = segment_.kv_head * call_.group + (segment_.first_column + column) % call_.group;
-      prepare(p.q, p.on_q, p.rotary, token, head, y);
+      prepare(p.q, p.on_q, &p.rotary, token, head, y, nullptr);
       const KeyRange keys = visible_keys(p.softmax, row_.first_slot + token, row_.keys);
       seen = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
     }
-    store(shared_.queries.at(column, kChannels * ptx::lane()), y);
+    store_vector(shared_.queries.at(column, kChannels * ptx::lane()), y);
     if (ptx::lane() == 0) shared_.seen[column] = seen;
   }
 
@@ -60,44 +60,38 @@ class Prologue {
   DELTAMEM_DEVICE void prepare_new(int token, bool is_v) const {
     const DeltaDecodeParams& p = call_.p;
     const Cache& cache = p.attention.cache;
-    float y[kChannels];
-    Rotary rotary = p.attention.attention.rotary;
-    if (is_v) rotary.cos.data = nullptr;
-    prepare(is_v ? p.v : p.k, is_v ? p.on_v : p.on_k, rotary, token, segment_.kv_head, y);
-    store((is_v ? shared_.new_v : shared_.new_k).at(token, kChannels * ptx::lane()), y);
-    if (segment_.column_block > 0) return;
-    T* target = cache_row<T>(is_v ? cache.v_cache : cache.k_cache, cache.block_table, row_.number,
-                             row_.first_slot + token, segment_.kv_head);
-    const int first = kChannels * ptx::lane();
-    if (call_.D == kD) return store(target + first, y);
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      if (first + i < call_.D) target[first + i] = ptx::from_float<T>(y[i]);
+    T* target = nullptr;
+    if (segment_.column_block == 0) {
+      target = cache_row<T>(is_v ? cache.v_cache : cache.k_cache, cache.block_table, row_.number,
+                            row_.first_slot + token, segment_.kv_head);
     }
+    float y[kChannels];
+    prepare(is_v ? p.v : p.k, is_v ? p.on_v : p.on_k, is_v ? nullptr : &p.attention.attention.rotary, token,
+            segment_.kv_head, y, target);
+    store_vector((is_v ? shared_.new_v : shared_.new_k).at(token, kChannels * ptx::lane()), y);
   }
 
-  DELTAMEM_DEVICE static void store(T* target, const float (&y)[kChannels]) { store_vector(target, y); }
-
-  DELTAMEM_DEVICE void prepare(const Tensor& source, const Correction& on, const Rotary& rotary, int token,
-                               int head, float (&y)[kChannels]) const {
-    const float* reads = shared_.reads + token * call_.HR;
-    if (on.delta && call_.HR == 8) {
-      prepare_with<8>(source, on, rotary, token, head, reads, y);
+  // y = this lane's channels of a prepared row, stored in `target`, too, unless it is null.
+  DELTAMEM_DEVICE void prepare(const Tensor& source, const Correction& on, const Rotary* rotary, int token, int head,
+                               float (&y)[kChannels], T* target) const {
+    if (call_.HR == 8) {
+      prepare_with<8>(source, on, rotary, token, head, y, target);
     } else {
-      prepare_with<0>(source, on, rotary, token, head, reads, y);
+      prepare_with<0>(source, on, rotary, token, head, y, target);
     }
   }
 
   template <int kHR>
-  DELTAMEM_DEVICE void prepare_with(const Tensor& source, const Correction& on, const Rotary& rotary, int token,
-                                    int head, const float* reads, float (&y)[kChannels]) const {
+  DELTAMEM_DEVICE void prepare_with(const Tensor& source, const Correction& on, const Rotary* rotary, int token,
+                                    int head, float (&y)[kChannels], T* target) const {
+    const DeltaAttentionParams& p = call_.p.attention.attention;
     const int64_t batch = row_.span.batch, t = row_.span.start + token;
-    const int64_t slot = max(row_.first_slot + token, int64_t{0});
-    const int64_t position = rotary.positions ? *rotary.positions.at<int32_t>(batch, t) : slot;
-    const HeadPreparation<kD, kHR> preparation(on, call_.p.attention.attention.norm_eps, rotary, head, call_.D,
-                                               call_.HR);
-    preparation.prepare(source.at<T>(batch, t, head), reads, batch, t, position,
+    const int64_t position = position_of(p.rotary, batch, t, max(row_.first_slot + token, int64_t{0}));
+    const HeadPreparation<kD, kHR> preparation(on, int64_t{head} * call_.D, call_.D, call_.HR);
+    preparation.load(source.at<T>(batch, t, head), y);
+    preparation.prepare(shared_.reads + token * call_.HR, p.norm_eps, rotary, {batch, t, position},
                         shared_.scratch + ptx::warp() * kD, y);
+    if (target != nullptr) preparation.store(target, y);
   }
 
   const Argument& call_;
