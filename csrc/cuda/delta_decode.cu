@@ -55,11 +55,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   ptx::wait_for_previous_kernel();
 
   clear_tokens_past_end<T>(call);
-  Schedule<kD> schedule(call, shared.words);
+  BlockState& block = *shared.block;
+  Schedule<kD> schedule(call, &block);
+  const bool has_memory = static_cast<bool>(call.p.memory.mem_q);
   int reads_of = -1;  // the row whose reads are in shared memory
-  while (!schedule.is_done()) {
-    const Row row = schedule.row();
-    const Segment segment = schedule.segment();
+  for (schedule.begin(); !schedule.is_done(); schedule.advance()) {
+    const Row& row = schedule.row();
+    const Segment& segment = schedule.segment();
     SliceLoader<T, kD> loader(call, row, segment);
     for (int stage = 0; stage < call.stages; ++stage) {
       loader.copy_keys(shared.stage(call.stages, stage, 0));
@@ -67,19 +69,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     }
 
     // While they fly. The block that is last to have read the row's state stores the new one.
-    const bool has_memory = static_cast<bool>(call.p.memory.mem_q);
-    if (has_memory && row.number != reads_of) replay<false>(call, row, shared.reads);
+    bool is_last_reader = false, is_read = row.number == reads_of;
     reads_of = row.number;
+    if (has_memory && !is_read) replay(call, row, shared.reads);
     ptx::sync_block();
-    bool is_last_reader = false;
     if (has_memory && ptx::thread() == 0) {
       is_last_reader = Merge<T, kD>::arrive(call.row_counters + row.number, segment.listed_tiles,
-                                            row.items(call) * row.listed_tiles());
+                                            call.kv_heads * row.column_blocks * row.listed_tiles());
     }
     Prologue<T, kD>(call, row, segment, shared).run();
-    if (ptx::thread() == 0) shared.words->is_last_reader = is_last_reader;
+    if (ptx::thread() == 0) block.is_last_reader = is_last_reader;
     ptx::sync_block();
-    if (shared.words->is_last_reader) replay<true>(call, row, nullptr);
+    if (block.is_last_reader) replay(call, row, nullptr);
 
     const Merge<T, kD> merge(call, row, segment, shared);
     if (segment.columns <= 8) {
@@ -87,15 +88,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     } else {
       attend<T, kD, kMaxColumns<kD> / 8>(call, row, segment, shared, loader, merge);
     }
-    schedule.advance(segment.listed_tiles);
-    if (schedule.is_done()) ptx::let_next_kernel_start();
+    if (segment.is_last) ptx::let_next_kernel_start();
     ptx::sync_block();
     merge.join_warps();
     if (merge.is_last()) {
       if (segment.splits > 1) merge.join_splits();
       merge.clear_masked_tokens();
     }
-    ptx::sync_block();
   }
 }
 

@@ -43,16 +43,48 @@ struct Argument {
 };
 static_assert(sizeof(Argument) <= 4096, "more than every chip takes as a kernel's argument");
 
-// Words of a block.
-struct Words {
+// A row of the call and what is walked of its cache.
+struct Row {
+  int number, batch;
+  int start, length;         // its tokens
+  int tokens;                // the first ones, which are not masked
+  int first_slot;            // of token 0; negative where there are fewer keys than tokens
+  int keys_begin, keys_end;  // slots that hold keys
+  int begin, end;            // slots that some token sees, or that are new
+  int first_tile, tiles;
+  int column_blocks;
+
+  DELTAMEM_DEVICE int listed_tiles() const { return max(tiles, 1); }
+};
+
+// A split of an item, walked by one block.
+struct Segment {
+  int kv_head, column_block;
+  int first_column, columns;     // of the row's tokens x group, token by token
+  int item;                      // in item_counters
+  int item_tiles, listed_tiles;  // of the item and of this split in the list
+  int first_tile, tiles;         // to be walked
+  int split, splits;
+  int first_slot, next_slot, slot_step;  // where the splits' partial results lie
+  bool is_last;                          // of the block's
+
+  DELTAMEM_DEVICE int slot_of(int s) const { return s == 0 ? first_slot : next_slot + s * slot_step; }
+};
+
+// What all threads of a block know. It stands in shared memory: the sums take the registers.
+struct BlockState {
+  // The block's place in the list of tiles, see delta_decode_schedule.cuh.
+  int per_block, position, end;
+  int row_start;  // of row
+  Row row;
+  Segment segment;
   int tiles[kWarps], longest[kWarps];  // of the rows that a warp counts
-  int first_row, first_row_start;      // of the block's range
   int is_last_reader, is_last_split;
 };
 
 template <class T, int kD>
 struct Shared {
-  Words* words;
+  BlockState* block;
   float* reads;             // [tokens, HR]
   float* scratch;           // [kWarps, kD]
   int2* seen;               // [columns]: slots that a column sees
@@ -62,7 +94,7 @@ struct Shared {
   size_t bytes;
 
   DELTAMEM_HD Shared(Carver carver, const Argument& call)
-      : words(carver.take<Words>(1)),
+      : block(carver.take<BlockState>(1)),
         reads(carver.take<float>(call.tokens * call.HR)),
         scratch(carver.take<float>(kWarps * kD)),
         seen(carver.take<int2>(covered_columns<kD>(call.columns))),

@@ -1,4 +1,4 @@
-// The state over a row's few tokens. A row of S is a recurrence of its own: four lanes hold it, 32 rows go by at
+// The state over a row's few tokens. A row of S is a recurrence of its own: a few lanes hold it, many rows go by at
 // once, and every block that attends the row replays it, so that none waits for another. Which of them stores the
 // new state, delta_decode.cu says.
 #pragma once
@@ -8,11 +8,11 @@
 
 namespace deltamem::cuda::decode {
 
-inline constexpr int kRowLanes = 4;
-
-DELTAMEM_DEVICE float sum_of_row_lanes(float x) {
-  x += ptx::shfl_xor(x, 1);
-  return x + ptx::shfl_xor(x, 2);
+template <int kLanes>
+DELTAMEM_DEVICE float sum_of_lanes(float x) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) x += ptx::shfl_xor(x, distance);
+  return x;
 }
 
 DELTAMEM_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
@@ -23,14 +23,15 @@ struct Step {
   float q[kPer], k[kPer], v, beta, lam;
 };
 
-template <int kPer>
+// kLanes lanes have kPer columns each of a row of S.
+template <int kLanes, int kPer>
 class StepLoader {
  public:
   DELTAMEM_DEVICE StepLoader(const Memory& memory, int h, int i, int R)
-      : m_(memory), h_(h), i_(i), R_(R), lane_(ptx::lane() % kRowLanes) {}
+      : m_(memory), h_(h), i_(i), R_(R), lane_(ptx::lane() % kLanes) {}
 
   // Column of the lane's element n; past R, it is 0.
-  DELTAMEM_DEVICE int column(int n) const { return lane_ + kRowLanes * n; }
+  DELTAMEM_DEVICE int column(int n) const { return lane_ + kLanes * n; }
 
   DELTAMEM_DEVICE Step<kPer> load(int64_t batch, int64_t t) const {
     Step<kPer> x = {};
@@ -41,6 +42,26 @@ class StepLoader {
     x.beta = load_gate(m_.beta, batch, t);
     if (has_lam()) x.lam = load_gate(m_.lam, batch, t);
     return x;
+  }
+
+  // What token x reads from s, the lane's part of S, which then is that after the token.
+  DELTAMEM_DEVICE float step(Step<kPer>& x, float (&s)[kPer]) const {
+    activate(x);
+    const float read = dot(s, x.q);
+    if (!m_.write) return read;
+    const Gates<float> g = gates(m_.update_rule, x.beta, x.lam);
+    const float change = g.write * x.v - g.erase * dot(s, x.k);
+#pragma unroll
+    for (int n = 0; n < kPer; ++n) s[n] = g.keep * s[n] + change * x.k[n];
+    return read;
+  }
+
+ private:
+  DELTAMEM_DEVICE static float dot(const float (&s)[kPer], const float (&x)[kPer]) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < kPer; ++n) sum += s[n] * x[n];
+    return sum_of_lanes<kLanes>(sum);
   }
 
   DELTAMEM_DEVICE void activate(Step<kPer>& x) const {
@@ -55,13 +76,14 @@ class StepLoader {
     if (!has_lam()) x.lam = 1.0f - x.beta;
   }
 
- private:
   DELTAMEM_DEVICE bool has_lam() const { return m_.lam && m_.update_rule != UpdateRule::no_lambda; }
 
   DELTAMEM_DEVICE void load_columns(const Tensor& x, int64_t batch, int64_t t, float (&y)[kPer]) const {
-    const int64_t offset = x.offset(batch, t, h_);
+    dispatch_float(x.dtype, [&](auto type) {
+      const auto* row = x.at<decltype(type)>(batch, t, h_);
 #pragma unroll
-    for (int n = 0; n < kPer; ++n) y[n] = column(n) < R_ ? load_float(x, offset + column(n)) : 0.0f;
+      for (int n = 0; n < kPer; ++n) y[n] = column(n) < R_ ? ptx::to_float(row[column(n)]) : 0.0f;
+    });
   }
   // Of the row, or shared by the rows.
   DELTAMEM_DEVICE float load_gate(const Tensor& x, int64_t batch, int64_t t) const {
@@ -75,7 +97,7 @@ class StepLoader {
     float squares = 0.0f;
 #pragma unroll
     for (int n = 0; n < kPer; ++n) x[n] = tanhf(x[n]), squares += x[n] * x[n];
-    const float scale = 1.0f / max(sqrtf(sum_of_row_lanes(squares)), kL2NormEps);
+    const float scale = 1.0f / max(sqrtf(sum_of_lanes<kLanes>(squares)), kL2NormEps);
 #pragma unroll
     for (int n = 0; n < kPer; ++n) x[n] *= scale;
   }
@@ -83,14 +105,6 @@ class StepLoader {
   const Memory& m_;
   const int h_, i_, R_, lane_;
 };
-
-template <int kPer>
-DELTAMEM_DEVICE float dot(const float (&s)[kPer], const float (&x)[kPer]) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int n = 0; n < kPer; ++n) sum += s[n] * x[n];
-  return sum_of_row_lanes(sum);
-}
 
 // Where the states after the tokens go.
 struct StateTargets {
@@ -107,72 +121,60 @@ struct StateTargets {
     return pool.output_state_indices && pool.output_state_indices.ndim == 2;
   }
   // Slot of the state after token t, or after the last one; negative: it is not stored.
-  DELTAMEM_DEVICE int64_t target(int64_t t) const {
+  DELTAMEM_DEVICE int64_t target(int t) const {
     if (source() < 0 || !pool.output_state_indices) return source();
-    return each_token() ? *pool.output_state_indices.at<int32_t>(row.span.batch, row.span.start + t)
+    return each_token() ? *pool.output_state_indices.at<int32_t>(row.batch, row.start + t)
                         : *pool.output_state_indices.at<int32_t>(row.number);
   }
 };
 
-// reads [tokens, HR], in shared memory, of the row's tokens. kStores: the tokens' reads and states into the
-// caller's tensors instead, zeros for masked tokens' reads; no other block may then read the state.
-template <int kPer, bool kStores>
+// reads [tokens, HR], in shared memory, of the row's tokens. Null: the tokens' reads and states go into the caller's
+// tensors instead, zeros for masked tokens' reads; no other block may then read the state.
+template <int kLanes, int kPer>
 DELTAMEM_DEVICE void replay_rows(const Argument& call, const Row& row, float* reads) {
   const Memory& memory = call.p.memory;
-  const Tensor& out = call.p.attention.attention.reads;
-  const int R = static_cast<int>(memory.mem_q.size[3]);
+  const bool stores = reads == nullptr;
+  const int R = static_cast<int>(memory.mem_q.size[3]), tokens = row.tokens, length = stores ? row.length : tokens;
   const StateTargets targets{call.p.pool, row};
-  const Tensor& pool = call.p.pool.state_pool;
-  const int length = kStores ? static_cast<int>(row.span.length) : row.tokens;
-  for (int first = 0; first < call.HR; first += kThreads / kRowLanes) {
-    const int r = first + ptx::thread() / kRowLanes, h = min(r, call.HR - 1) / R, i = min(r, call.HR - 1) % R;
-    const bool is_row = r < call.HR, speaks = is_row && ptx::lane() % kRowLanes == 0;
-    const StepLoader<kPer> loader(memory, h, i, R);
-    float s[kPer];
-    auto store_state = [&](int64_t slot) {
-      if (!is_row || slot < 0) return;
-      float* target = pool.at<float>(slot, h, i);
+  for (int first = 0; first < call.HR; first += kThreads / kLanes) {
+    const int r = first + ptx::thread() / kLanes, h = min(r, call.HR - 1) / R, i = min(r, call.HR - 1) % R;
+    const bool is_row = r < call.HR, speaks = is_row && ptx::lane() % kLanes == 0;
+    const StepLoader<kLanes, kPer> loader(memory, h, i, R);
+    float s[kPer] = {};
+    if (targets.is_loaded()) {
+      const float* source = call.p.pool.state_pool.at<float>(targets.source(), h, i);
+#pragma unroll
+      for (int n = 0; n < kPer; ++n) {
+        if (loader.column(n) < R) s[n] = source[loader.column(n)];
+      }
+    }
+    Step<kPer> next = {};
+    for (int t = -1; t < length; ++t) {  // a token's operands come while the one before is worked on
+      Step<kPer> x = next;
+      if (t + 1 < tokens) next = loader.load(row.batch, row.start + t + 1);
+      float read = 0.0f;
+      if (t >= 0 && t < tokens) read = loader.step(x, s);
+      if (!stores && t >= 0 && speaks) reads[t * call.HR + r] = read;
+      if (!stores || !is_row) continue;
+      if (t >= 0 && speaks) call.p.attention.attention.reads.at<float>(row.batch, row.start + t, h)[i] = read;
+      if (targets.each_token() ? t < 0 : t < length - 1) continue;
+      const int64_t slot = targets.target(t);
+      if (slot < 0) continue;
+      float* target = call.p.pool.state_pool.at<float>(slot, h, i);
 #pragma unroll
       for (int n = 0; n < kPer; ++n) {
         if (loader.column(n) < R) target[loader.column(n)] = s[n];
       }
-    };
-    const float* source = pool.at<float>(max(targets.source(), int64_t{0}), h, i);
-#pragma unroll
-    for (int n = 0; n < kPer; ++n) {
-      s[n] = targets.is_loaded() && loader.column(n) < R ? source[loader.column(n)] : 0.0f;
     }
-    Step<kPer> next = {};
-    if (row.tokens > 0) next = loader.load(row.span.batch, row.span.start);
-    for (int t = 0; t < length; ++t) {
-      float read = 0.0f;
-      if (t < row.tokens) {
-        Step<kPer> x = next;
-        if (t + 1 < row.tokens) next = loader.load(row.span.batch, row.span.start + t + 1);
-        loader.activate(x);
-        read = dot(s, x.q);
-        if (memory.write) {
-          const Gates<float> g = gates(memory.update_rule, x.beta, x.lam);
-          const float change = g.write * x.v - g.erase * dot(s, x.k);
-#pragma unroll
-          for (int n = 0; n < kPer; ++n) s[n] = g.keep * s[n] + change * x.k[n];
-        }
-      }
-      if constexpr (kStores) {
-        if (speaks) out.at<float>(row.span.batch, row.span.start + t, h)[i] = read;
-        if (targets.each_token()) store_state(targets.target(t));
-      } else {
-        if (speaks) reads[t * call.HR + r] = read;
-      }
-    }
-    if (kStores && !targets.each_token()) store_state(targets.target(0));
   }
 }
 
-template <bool kStores>
 DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads) {
-  if (call.p.memory.mem_q.size[3] <= 2 * kRowLanes) return replay_rows<2, kStores>(call, row, reads);
-  replay_rows<kMaxRank / kRowLanes, kStores>(call, row, reads);
+  if (call.p.memory.mem_q.size[3] <= 8) {
+    replay_rows<4, 2>(call, row, reads);
+  } else {
+    replay_rows<16, kMaxRank / 16>(call, row, reads);
+  }
 }
 
 }  // namespace deltamem::cuda::decode

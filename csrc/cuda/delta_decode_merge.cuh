@@ -10,7 +10,7 @@ template <class T, int kD>
 class Merge {
  public:
   DELTAMEM_DEVICE Merge(const Argument& call, const Row& row, const Segment& segment, const Shared<T, kD>& shared)
-      : call_(call), row_(row), segment_(segment), words_(shared.words) {
+      : call_(call), row_(row), segment_(segment), block_(shared.block) {
     sums_ = reinterpret_cast<float*>(shared.ring);
     stats_ = sums_ + kWarps * columns() * kRow;
   }
@@ -61,10 +61,10 @@ class Merge {
     if (segment_.splits == 1) return true;
     ptx::sync_block();
     if (ptx::thread() == 0) {
-      words_->is_last_split = arrive(call_.item_counters + segment_.item, segment_.listed_tiles, segment_.item_tiles);
+      block_->is_last_split = arrive(call_.item_counters + segment_.item, segment_.listed_tiles, segment_.item_tiles);
     }
     ptx::sync_block();
-    return words_->is_last_split;
+    return block_->is_last_split;
   }
 
   // The item's result from the partial ones. First the weight of each split in each column, all loads at once.
@@ -103,7 +103,7 @@ class Merge {
   // Zeros for the masked tokens of the item's heads.
   DELTAMEM_DEVICE void clear_masked_tokens() const {
     if (segment_.column_block > 0) return;
-    const int group = call_.group, masked = (static_cast<int>(row_.span.length) - row_.tokens) * group;
+    const int group = call_.group, masked = (row_.length - row_.tokens) * group;
     const float zeros[4] = {};
     for (int i = ptx::thread(); i < masked * kQuads; i += kThreads) {
       store_row(row_.tokens * group + i / kQuads, i % kQuads * 4, zeros, -INFINITY);
@@ -148,7 +148,7 @@ class Merge {
   // Four channels of a column of the row; its first thread stores lse.
   DELTAMEM_DEVICE void store_row(int column, int channel, const float (&x)[4], float lse) const {
     const DeltaAttentionParams& p = call_.p.attention.attention;
-    const int64_t batch = row_.span.batch, t = row_.span.start + column / call_.group;
+    const int64_t batch = row_.batch, t = row_.start + column / call_.group;
     const int head = segment_.kv_head * call_.group + column % call_.group;
     T* target = p.out.at<T>(batch, t, head) + channel;
     if (channel + 4 <= call_.D) {
@@ -162,7 +162,7 @@ class Merge {
   const Argument& call_;
   const Row& row_;
   const Segment& segment_;
-  Words* words_;
+  BlockState* block_;
   float *sums_, *stats_;  // [kWarps, columns, kRow], [kWarps, columns, 2]
 };
 

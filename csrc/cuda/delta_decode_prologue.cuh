@@ -21,19 +21,22 @@ class Prologue {
   DELTAMEM_DEVICE Prologue(const Argument& call, const Row& row, const Segment& segment, const Shared<T, kD>& shared)
       : call_(call), row_(row), segment_(segment), shared_(shared) {}
 
-  // One warp takes one row after another.
+  // One warp takes one row after another: the queries' columns, then k and v of each new token in turn.
   DELTAMEM_DEVICE void run() const {
     const int columns = covered_columns<kD>(segment_.columns);
-    const int first_slot = segment_.first_tile * kTileSlots;
-    const int64_t first_new = max(first_slot - row_.first_slot, int64_t{0});
-    const int64_t end_new = min(first_slot + segment_.tiles * kTileSlots - row_.first_slot, int64_t{row_.tokens});
-    const int news = call_.p.k ? static_cast<int>(max(end_new - first_new, int64_t{0})) : 0;
-    for (int job = ptx::warp(); job < columns + 2 * news; job += kWarps) {
-      if (job < columns) {
-        prepare_query(job);
+    const int first = segment_.first_tile * kTileSlots - row_.first_slot;
+    const int first_new = max(first, 0), end_new = min(first + segment_.tiles * kTileSlots, row_.tokens);
+    const int jobs = columns + (call_.p.k ? 2 * max(end_new - first_new, 0) : 0);
+    for (int job = ptx::warp(); job < jobs; job += kWarps) {
+      if (job >= segment_.columns && job < columns) {
+        clear_query(job);
+        continue;
+      }
+      const Job found = job < columns ? query(job) : fresh(first_new + (job - columns) / 2, (job - columns) % 2);
+      if (call_.HR == 8) {
+        prepare<8>(found);
       } else {
-        const int i = (job - columns) / 2;
-        prepare_new(static_cast<int>(first_new) + i, (job - columns) % 2 == 1);
+        prepare<0>(found);
       }
     }
   }
@@ -41,57 +44,56 @@ class Prologue {
  private:
   static constexpr int kChannels = kD / 32;  // of a lane
 
-  DELTAMEM_DEVICE void prepare_query(int column) const {
+  struct Job {
+    const Tensor& source;
+    const Correction& on;
+    const Rotary* rotary;
+    int token, head;
+    T* target;    // this lane's channels in a tile
+    T* appended;  // the row in the cache, or null
+  };
+
+  DELTAMEM_DEVICE Job query(int column) const {
     const DeltaAttentionParams& p = call_.p.attention.attention;
-    float y[kChannels] = {};
-    int2 seen = {0, 0};
-    if (column < segment_.columns) {
-      const int token = (segment_.first_column + column) / call_.group;
-      const int head = segment_.kv_head * call_.group + (segment_.first_column + column) % call_.group;
-      prepare(p.q, p.on_q, &p.rotary, token, head, y, nullptr);
-      const KeyRange keys = visible_keys(p.softmax, row_.first_slot + token, row_.keys);
-      seen = {static_cast<int>(keys.begin), static_cast<int>(keys.end)};
-    }
-    store_vector(shared_.queries.at(column, kChannels * ptx::lane()), y);
-    if (ptx::lane() == 0) shared_.seen[column] = seen;
+    const int token = (segment_.first_column + column) / call_.group;
+    const int head = segment_.kv_head * call_.group + (segment_.first_column + column) % call_.group;
+    const KeyRange seen = visible_keys(p.softmax, row_.first_slot + token, {row_.keys_begin, row_.keys_end});
+    if (ptx::lane() == 0) shared_.seen[column] = {static_cast<int>(seen.begin), static_cast<int>(seen.end)};
+    return {p.q, p.on_q, &p.rotary, token, head, shared_.queries.at(column, kChannels * ptx::lane()), nullptr};
   }
 
-  // k or v of a token, into the block's own tile, and into the cache by the first block of columns.
-  DELTAMEM_DEVICE void prepare_new(int token, bool is_v) const {
+  DELTAMEM_DEVICE void clear_query(int column) const {
+    const float zeros[kChannels] = {};
+    store_vector(shared_.queries.at(column, kChannels * ptx::lane()), zeros);
+    if (ptx::lane() == 0) shared_.seen[column] = {0, 0};
+  }
+
+  // Into the block's own rows, and by the first block of columns into the cache.
+  DELTAMEM_DEVICE Job fresh(int token, bool is_v) const {
     const DeltaDecodeParams& p = call_.p;
     const Cache& cache = p.attention.cache;
-    T* target = nullptr;
+    T* appended = nullptr;
     if (segment_.column_block == 0) {
-      target = cache_row<T>(is_v ? cache.v_cache : cache.k_cache, cache.block_table, row_.number,
-                            row_.first_slot + token, segment_.kv_head);
+      appended = cache_row<T>(is_v ? cache.v_cache : cache.k_cache, cache.block_table, row_.number,
+                              row_.first_slot + token, segment_.kv_head);
     }
-    float y[kChannels];
-    prepare(is_v ? p.v : p.k, is_v ? p.on_v : p.on_k, is_v ? nullptr : &p.attention.attention.rotary, token,
-            segment_.kv_head, y, target);
-    store_vector((is_v ? shared_.new_v : shared_.new_k).at(token, kChannels * ptx::lane()), y);
-  }
-
-  // y = this lane's channels of a prepared row, stored in `target`, too, unless it is null.
-  DELTAMEM_DEVICE void prepare(const Tensor& source, const Correction& on, const Rotary* rotary, int token, int head,
-                               float (&y)[kChannels], T* target) const {
-    if (call_.HR == 8) {
-      prepare_with<8>(source, on, rotary, token, head, y, target);
-    } else {
-      prepare_with<0>(source, on, rotary, token, head, y, target);
-    }
+    T* target = (is_v ? shared_.new_v : shared_.new_k).at(token, kChannels * ptx::lane());
+    return {is_v ? p.v : p.k, is_v ? p.on_v : p.on_k, is_v ? nullptr : &p.attention.attention.rotary,
+            token, segment_.kv_head, target, appended};
   }
 
   template <int kHR>
-  DELTAMEM_DEVICE void prepare_with(const Tensor& source, const Correction& on, const Rotary* rotary, int token,
-                                    int head, float (&y)[kChannels], T* target) const {
+  DELTAMEM_DEVICE void prepare(const Job& job) const {
     const DeltaAttentionParams& p = call_.p.attention.attention;
-    const int64_t batch = row_.span.batch, t = row_.span.start + token;
-    const int64_t position = position_of(p.rotary, batch, t, max(row_.first_slot + token, int64_t{0}));
-    const HeadPreparation<kD, kHR> preparation(on, int64_t{head} * call_.D, call_.D, call_.HR);
-    preparation.load(source.at<T>(batch, t, head), y);
-    preparation.prepare(shared_.reads + token * call_.HR, p.norm_eps, rotary, {batch, t, position},
+    const int64_t t = row_.start + job.token;
+    const int64_t position = position_of(p.rotary, row_.batch, t, max(row_.first_slot + job.token, 0));
+    const HeadPreparation<kD, kHR> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
+    float y[kChannels];
+    preparation.load(job.source.template at<T>(row_.batch, t, job.head), y);
+    preparation.prepare(shared_.reads + job.token * call_.HR, p.norm_eps, job.rotary, {row_.batch, t, position},
                         shared_.scratch + ptx::warp() * kD, y);
-    if (target != nullptr) preparation.store(target, y);
+    store_vector(job.target, y);
+    if (job.appended != nullptr) preparation.store(job.appended, y);
   }
 
   const Argument& call_;

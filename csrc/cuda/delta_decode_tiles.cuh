@@ -19,18 +19,19 @@ class SliceLoader {
  public:
   DELTAMEM_DEVICE SliceLoader(const Argument& call, const Row& row, const Segment& segment)
       : call_(call),
-        row_(row),
+        row_(row.number),
         head_(segment.kv_head),
         left_(segment.tiles),
         first_((segment.first_tile - 1) * kTileSlots + ptx::warp() * kSlice),
-        end_(call.p.attention.appended ? static_cast<int>(row.first_slot) : row.end),
+        begin_(row.begin),
+        end_(call.p.attention.appended ? row.first_slot : row.end),
         page_(find_page()) {}
 
   // Turns to the next tile.
   DELTAMEM_DEVICE void copy_keys(Tile<T, kD> target) {
     const Cache& cache = call_.p.attention.cache;
     first_ += kTileSlots;
-    const int slot = first_ + ptx::lane() % kSlice, page = cache.block_table ? page_ : row_.number;
+    const int slot = first_ + ptx::lane() % kSlice, page = cache.block_table ? page_ : row_;
     const int position = cache.block_table ? slot % static_cast<int>(cache.k_cache.size[1]) : slot;
     v_offset_ = cache.v_cache.offset(page, position, head_);
     if (left_ > 0) copy(cache.k_cache, cache.k_cache.offset(page, position, head_), target);
@@ -48,15 +49,14 @@ class SliceLoader {
   static constexpr int kChunks = kD / 8;           // of a row
   static constexpr int kRowsAtOnce = 32 / kChunks;
 
-  // New slots are not in the cache yet.
-  DELTAMEM_DEVICE bool is_filled(int slot) const { return row_.begin <= slot && slot < end_; }
+  DELTAMEM_DEVICE bool is_filled(int slot) const { return begin_ <= slot && slot < end_; }
 
   // Of the lane's slot in the next tile.
   DELTAMEM_DEVICE int find_page() const {
     const Cache& cache = call_.p.attention.cache;
     const int slot = first_ + kTileSlots + ptx::lane() % kSlice;
     if (!cache.block_table || !is_filled(slot)) return 0;
-    return *cache.block_table.at<int32_t>(row_.number, slot / static_cast<int>(cache.k_cache.size[1]));
+    return *cache.block_table.at<int32_t>(row_, slot / static_cast<int>(cache.k_cache.size[1]));
   }
 
   // offset: of the row that the lane (% kSlice) stands for.
@@ -82,11 +82,10 @@ class SliceLoader {
   }
 
   const Argument& call_;
-  const Row& row_;
-  const int head_;
+  const int row_, head_;
   int left_;        // tiles whose keys are to be copied
   int first_;       // slot of the tile at hand
-  const int end_;   // of the slots in the cache
+  const int begin_, end_;  // of the slots in the cache; new ones are not there yet
   int page_;        // of the lane's slot in the next tile
   int64_t v_offset_ = 0;
 };
@@ -117,31 +116,31 @@ class Attention {
  public:
   DELTAMEM_DEVICE Attention(const Argument& call, const Row& row, const Segment& segment,
                             const Shared<T, kD>& shared, Sums<kD, kN>& sums)
-      : call_(call), row_(row), segment_(segment), shared_(shared), sums_(sums) {
+      : call_(call), shared_(shared), sums_(sums), tiles_(segment.tiles) {
     const Softmax& softmax = call.p.attention.attention.softmax;
     constexpr float kLog2E = 1.4426950408889634f;
-    factor_ = softmax.softcap > 0.0f ? softmax.scale / softmax.softcap : softmax.scale * kLog2E;
     cap_ = softmax.softcap * kLog2E;
-    const int2 first = shared.seen[0], last = shared.seen[max(segment.columns - 1, 0)];
-    seen_by_all_ = {last.x, first.y};
+    factor_ = softmax.softcap > 0.0f ? softmax.scale / softmax.softcap : softmax.scale * kLog2E;
+    first_ = segment.first_tile * kTileSlots + ptx::warp() * kSlice;
+    first_new_ = row.first_slot, news_ = call.p.attention.appended ? row.tokens : 0;
+    seen_by_all_ = {shared.seen[max(segment.columns - 1, 0)].x, shared.seen[0].y};
   }
 
   // The loader has filled the ring.
   DELTAMEM_DEVICE void run(SliceLoader<T, kD>& loader) {
     sums_.clear();
     int stage = 0;
-    for (int tile = 0; tile < segment_.tiles; ++tile) {
-      const int first = (segment_.first_tile + tile) * kTileSlots + ptx::warp() * kSlice;
+    for (int tile = 0; tile < tiles_; ++tile, first_ += kTileSlots) {
       const Tile<T, kD> k = shared_.stage(call_.stages, stage, 0), v = shared_.stage(call_.stages, stage, 1);
-      wait_for_oldest();
       float s[kN][4] = {};
-      multiply_keys(k, first, s);
+      uint32_t p[kN][2];
+      wait_for_oldest();
+      multiply_keys(k, s);
       ptx::sync_warp();
       loader.copy_keys(k);
-      uint32_t p[kN][2];
-      weigh(first, s, p);
+      weigh(s, p);
       wait_for_oldest();
-      multiply_values(v, first, p);
+      multiply_values(v, p);
       ptx::sync_warp();
       loader.copy_values(v);
       stage = stage + 1 == call_.stages ? 0 : stage + 1;
@@ -178,23 +177,29 @@ class Attention {
     ptx::sync_warp();
   }
 
-  // Row `row` of a slice, which may be a new token's: 16-byte chunk c of it.
-  DELTAMEM_DEVICE const T* chunk(Tile<T, kD> slice, Tile<T, kD> news, int first, int row, int c) const {
-    const int64_t token = first + row - row_.first_slot;
-    const bool is_new = call_.p.attention.appended && token >= 0 && token < row_.tokens;
-    return is_new ? news.chunk(static_cast<int>(token), c) : slice.chunk(row, c);
+  // A row in shared memory, by its chunks.
+  struct ChunkRow {
+    const T* data;
+    int permutation;
+    DELTAMEM_DEVICE const T* chunk(int c) const { return data + (c ^ permutation) * 8; }
+  };
+  // Row r of the slice at hand, or the new token's whose slot it is.
+  DELTAMEM_DEVICE ChunkRow row(Tile<T, kD> slice, Tile<T, kD> news, int r) const {
+    const int token = first_ + r - first_new_;
+    const bool is_new = token >= 0 && token < news_;
+    const int index = is_new ? token : r;
+    return {(is_new ? news.data : slice.data) + index * kD, index & 7};
   }
 
   // s = K Q^T
-  DELTAMEM_DEVICE void multiply_keys(Tile<T, kD> slice, int first, float (&s)[kN][4]) const {
+  DELTAMEM_DEVICE void multiply_keys(Tile<T, kD> slice, float (&s)[kN][4]) const {
     const int lane = ptx::lane();
+    const ChunkRow keys = row(slice, shared_.new_k, lane % 16);
 #pragma unroll
     for (int k = 0; k < kD / 16; k += 2) {  // sixteen channels
       uint32_t a[2][4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        ptx::ldmatrix(a[half], chunk(slice, shared_.new_k, first, lane % 16, 2 * (k + half) + lane / 16));
-      }
+      ptx::ldmatrix(a[0], keys.chunk(2 * k + lane / 16));
+      ptx::ldmatrix(a[1], keys.chunk(2 * k + 2 + lane / 16));
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
         uint32_t q[4];
@@ -206,21 +211,22 @@ class Attention {
   }
 
   // out += V^T P^T
-  DELTAMEM_DEVICE void multiply_values(Tile<T, kD> slice, int first, const uint32_t (&p)[kN][2]) const {
-    const int lane = ptx::lane(), row = lane % 8 + lane / 16 * 8;
+  DELTAMEM_DEVICE void multiply_values(Tile<T, kD> slice, const uint32_t (&p)[kN][2]) const {
+    const int lane = ptx::lane();
+    const ChunkRow values = row(slice, shared_.new_v, lane % 8 + lane / 16 * 8);
 #pragma unroll
     for (int m = 0; m < kD / 16; ++m) {
       uint32_t a[4];
-      ptx::ldmatrix_transposed(a, chunk(slice, shared_.new_v, first, row, 2 * m + lane / 8 % 2));
+      ptx::ldmatrix_transposed(a, values.chunk(2 * m + lane / 8 % 2));
 #pragma unroll
       for (int n = 0; n < kN; ++n) ptx::mma<T>(sums_.out[m][n], a, p[n][0], p[n][1]);
     }
   }
 
   // Scores in base 2; what a column does not see is -inf.
-  DELTAMEM_DEVICE void score(int first, float (&s)[kN][4]) const {
+  DELTAMEM_DEVICE void score(float (&s)[kN][4]) const {
     const bool capped = call_.p.attention.attention.softmax.softcap > 0.0f;
-    const bool masked = first < seen_by_all_.x || first + kSlice > seen_by_all_.y;
+    const bool masked = first_ < seen_by_all_.x || first_ + kSlice > seen_by_all_.y;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -231,7 +237,7 @@ class Attention {
       if (!masked) continue;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int slot = first + ptx::lane() / 4 + i / 2 * 8;
+        const int slot = first_ + ptx::lane() / 4 + i / 2 * 8;
         const int2 seen = shared_.seen[8 * n + 2 * (ptx::lane() % 4) + i % 2];
         if (slot < seen.x || slot >= seen.y) s[n][i] = -INFINITY;
       }
@@ -239,8 +245,8 @@ class Attention {
   }
 
   // Scores s into weights p, operand b of the second product; the sums so far follow the new peaks.
-  DELTAMEM_DEVICE void weigh(int first, float (&s)[kN][4], uint32_t (&p)[kN][2]) {
-    score(first, s);
+  DELTAMEM_DEVICE void weigh(float (&s)[kN][4], uint32_t (&p)[kN][2]) {
+    score(s);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       float scale[2];
@@ -267,10 +273,11 @@ class Attention {
   }
 
   const Argument& call_;
-  const Row& row_;
-  const Segment& segment_;
   const Shared<T, kD>& shared_;
   Sums<kD, kN>& sums_;
+  const int tiles_;
+  int first_;             // slot of the slice at hand
+  int first_new_, news_;  // slots of new tokens
   float factor_, cap_;
   int2 seen_by_all_;
 };
