@@ -15,7 +15,7 @@ from kernel_checks import (
     threads,
 )
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 NAN = float("nan")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
