@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_checks import (
+    CUDA,
     ISAS,
     TRITON,
     as_fp64,
