@@ -7,6 +7,7 @@ a device is; elsewhere its kernels are interpreted.
 import contextlib
 import os
 
+import calls
 import pytest
 import torch
 
@@ -38,6 +39,14 @@ def pytest_runtest_setup(item):
         if backend in EXPECTED:
             pytest.fail(f"backend {backend} is expected here: {reason}")
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def calls_that_the_backend_covers(request, monkeypatch):
+    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
+    if backend == "cuda":
+        monkeypatch.setattr(calls, "D", 64)
+        monkeypatch.setattr(calls, "DTYPE", torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
