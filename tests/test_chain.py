@@ -3,12 +3,12 @@
 import calls
 import pytest
 import torch
-from kernel_checks import TRITON
+from kernel_checks import CUDA, TRITON
 
 import deltamem_kernels as dk
 from deltamem_kernels.fused import MAX_DECODE_TOKENS
 
-BACKENDS = ["reference", "cpu", TRITON]
+BACKENDS = ["reference", "cpu", CUDA, TRITON]
 B, T, S = 3, 53, 96
 TOKENWISE = ("q", "k", "v", "mem_q", "mem_k", "mem_v", "beta", "lam", "token_mask")
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}

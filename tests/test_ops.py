@@ -6,13 +6,13 @@ import sys
 import calls
 import pytest
 import torch
-from kernel_checks import TRITON
+from kernel_checks import CUDA, TRITON
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deltamem_kernels as dk
 from deltamem_kernels import ops, plans
 
-BACKENDS = ["reference", "cpu", TRITON]
+BACKENDS = ["reference", "cpu", CUDA, TRITON]
 SCAN, POOL, FUSED, CACHE, OUTPUT = calls.FUNCTIONS
 
 
