@@ -8,33 +8,32 @@
 
 namespace deltamem::cuda::decode {
 
-template <int kLanes>
-DELTAMEM_DEVICE float sum_of_lanes(float x) {
+inline constexpr int kRowLanes = 8;                   // of a row of S
+inline constexpr int kPer = kMaxRank / kRowLanes;     // columns of a lane, at most
+
+DELTAMEM_DEVICE float sum_of_row(float x) {
 #pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) x += ptx::shfl_xor(x, distance);
+  for (int distance = 1; distance < kRowLanes; distance *= 2) x += ptx::shfl_xor(x, distance);
   return x;
 }
 
 DELTAMEM_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Row i of state head h of one token's operands, as they lie in memory; the lane's columns of q and k.
-template <int kPer>
 struct Step {
   float q[kPer], k[kPer], v, beta, lam;
 };
 
-// kLanes lanes have kPer columns each of a row of S.
-template <int kLanes, int kPer>
 class StepLoader {
  public:
   DELTAMEM_DEVICE StepLoader(const Memory& memory, int h, int i, int R)
-      : m_(memory), h_(h), i_(i), R_(R), lane_(ptx::lane() % kLanes) {}
+      : m_(memory), h_(h), i_(i), R_(R), lane_(ptx::lane() % kRowLanes) {}
 
   // Column of the lane's element n; past R, it is 0.
-  DELTAMEM_DEVICE int column(int n) const { return lane_ + kLanes * n; }
+  DELTAMEM_DEVICE int column(int n) const { return lane_ + kRowLanes * n; }
 
-  DELTAMEM_DEVICE Step<kPer> load(int64_t batch, int64_t t) const {
-    Step<kPer> x = {};
+  DELTAMEM_DEVICE Step load(int64_t batch, int64_t t) const {
+    Step x = {};
     load_columns(m_.mem_q, batch, t, x.q);
     if (!m_.write) return x;
     load_columns(m_.mem_k, batch, t, x.k);
@@ -45,7 +44,7 @@ class StepLoader {
   }
 
   // What token x reads from s, the lane's part of S, which then is that after the token.
-  DELTAMEM_DEVICE float step(Step<kPer>& x, float (&s)[kPer]) const {
+  DELTAMEM_DEVICE float step(Step& x, float (&s)[kPer]) const {
     activate(x);
     const float read = dot(s, x.q);
     if (!m_.write) return read;
@@ -61,10 +60,10 @@ class StepLoader {
     float sum = 0.0f;
 #pragma unroll
     for (int n = 0; n < kPer; ++n) sum += s[n] * x[n];
-    return sum_of_lanes<kLanes>(sum);
+    return sum_of_row(sum);
   }
 
-  DELTAMEM_DEVICE void activate(Step<kPer>& x) const {
+  DELTAMEM_DEVICE void activate(Step& x) const {
     if (m_.qk_activation) {
       activate_columns(x.q);
       if (m_.write) activate_columns(x.k);
@@ -97,7 +96,7 @@ class StepLoader {
     float squares = 0.0f;
 #pragma unroll
     for (int n = 0; n < kPer; ++n) x[n] = tanhf(x[n]), squares += x[n] * x[n];
-    const float scale = 1.0f / max(sqrtf(sum_of_lanes<kLanes>(squares)), kL2NormEps);
+    const float scale = 1.0f / max(sqrtf(sum_of_row(squares)), kL2NormEps);
 #pragma unroll
     for (int n = 0; n < kPer; ++n) x[n] *= scale;
   }
@@ -130,16 +129,15 @@ struct StateTargets {
 
 // reads [tokens, HR], in shared memory, of the row's tokens. Null: the tokens' reads and states go into the caller's
 // tensors instead, zeros for masked tokens' reads; no other block may then read the state.
-template <int kLanes, int kPer>
-DELTAMEM_DEVICE void replay_rows(const Argument& call, const Row& row, float* reads) {
+DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads) {
   const Memory& memory = call.p.memory;
   const bool stores = reads == nullptr;
   const int R = static_cast<int>(memory.mem_q.size[3]), tokens = row.tokens, length = stores ? row.length : tokens;
   const StateTargets targets{call.p.pool, row};
-  for (int first = 0; first < call.HR; first += kThreads / kLanes) {
-    const int r = first + ptx::thread() / kLanes, h = min(r, call.HR - 1) / R, i = min(r, call.HR - 1) % R;
-    const bool is_row = r < call.HR, speaks = is_row && ptx::lane() % kLanes == 0;
-    const StepLoader<kLanes, kPer> loader(memory, h, i, R);
+  for (int first = 0; first < call.HR; first += kThreads / kRowLanes) {
+    const int r = first + ptx::thread() / kRowLanes, h = min(r, call.HR - 1) / R, i = min(r, call.HR - 1) % R;
+    const bool is_row = r < call.HR, speaks = is_row && ptx::lane() % kRowLanes == 0;
+    const StepLoader loader(memory, h, i, R);
     float s[kPer] = {};
     if (targets.is_loaded()) {
       const float* source = call.p.pool.state_pool.at<float>(targets.source(), h, i);
@@ -148,9 +146,9 @@ DELTAMEM_DEVICE void replay_rows(const Argument& call, const Row& row, float* re
         if (loader.column(n) < R) s[n] = source[loader.column(n)];
       }
     }
-    Step<kPer> next = {};
+    Step next = {};
     for (int t = -1; t < length; ++t) {  // a token's operands come while the one before is worked on
-      Step<kPer> x = next;
+      Step x = next;
       if (t + 1 < tokens) next = loader.load(row.batch, row.start + t + 1);
       float read = 0.0f;
       if (t >= 0 && t < tokens) read = loader.step(x, s);
@@ -166,14 +164,6 @@ DELTAMEM_DEVICE void replay_rows(const Argument& call, const Row& row, float* re
         if (loader.column(n) < R) target[loader.column(n)] = s[n];
       }
     }
-  }
-}
-
-DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads) {
-  if (call.p.memory.mem_q.size[3] <= 8) {
-    replay_rows<4, 2>(call, row, reads);
-  } else {
-    replay_rows<16, kMaxRank / 16>(call, row, reads);
   }
 }
 

@@ -59,25 +59,34 @@ class SliceLoader {
     return *cache.block_table.at<int32_t>(row_, slot / static_cast<int>(cache.k_cache.size[1]));
   }
 
-  // offset: of the row that the lane (% kSlice) stands for.
+  // Where row r of the slice begins. offset: of the row that the lane (% kSlice) stands for.
+  DELTAMEM_DEVICE const T* source_row(const Tensor& cache, int64_t offset, int r) const {
+    const uint32_t low = ptx::shfl(static_cast<uint32_t>(offset), r);
+    const uint32_t high = ptx::shfl(static_cast<uint32_t>(offset >> 32), r);
+    return static_cast<const T*>(cache.data) + static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+  }
+
   DELTAMEM_DEVICE void copy(const Tensor& cache, int64_t offset, Tile<T, kD> target) const {
-    const int chunk = ptx::lane() % kChunks;
+    if (!call_.copies_chunks) return copy_elements(cache, offset, target);
+    const int c = ptx::lane() % kChunks;
 #pragma unroll
     for (int r = 0; r < kSlice; r += kRowsAtOnce) {
       const int row = r + ptx::lane() / kChunks;
-      const uint32_t low = ptx::shfl(static_cast<uint32_t>(offset), row);
-      const uint32_t high = ptx::shfl(static_cast<uint32_t>(offset >> 32), row);
-      const T* source = static_cast<const T*>(cache.data) + chunk * 8 +
-                        static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
-      const bool is_there = is_filled(first_ + row) && chunk * 8 < call_.D;
-      copy_chunk(target.chunk(row, chunk), source, is_there, chunk * 8);
+      const T* source = source_row(cache, offset, row);
+      ptx::cp_async(target.chunk(row, c), source + c * 8, is_filled(first_ + row) && c * 8 < call_.D);
     }
   }
 
-  DELTAMEM_DEVICE void copy_chunk(T* target, const T* source, bool is_there, int channel) const {
-    if (call_.copies_chunks) return ptx::cp_async(target, source, is_there);
-    for (int i = 0; i < 8; ++i) {  // rows that are not aligned to 16 bytes, or not whole chunks
-      target[i] = is_there && channel + i < call_.D ? source[i] : ptx::from_float<T>(0.0f);
+  // Of rows that are not aligned to 16 bytes, or not whole chunks.
+  DELTAMEM_DEVICE void copy_elements(const Tensor& cache, int64_t offset, Tile<T, kD> target) const {
+#pragma unroll 1
+    for (int row = 0; row < kSlice; ++row) {
+      const T* source = source_row(cache, offset, row);
+#pragma unroll 1
+      for (int d = ptx::lane(); d < kD; d += 32) {
+        const bool is_there = is_filled(first_ + row) && d < call_.D;
+        *target.at(row, d) = is_there ? source[d] : ptx::from_float<T>(0.0f);
+      }
     }
   }
 
@@ -116,13 +125,10 @@ class Attention {
  public:
   DELTAMEM_DEVICE Attention(const Argument& call, const Row& row, const Segment& segment,
                             const Shared<T, kD>& shared, Sums<kD, kN>& sums)
-      : call_(call), shared_(shared), sums_(sums), tiles_(segment.tiles) {
-    const Softmax& softmax = call.p.attention.attention.softmax;
-    constexpr float kLog2E = 1.4426950408889634f;
-    cap_ = softmax.softcap * kLog2E;
-    factor_ = softmax.softcap > 0.0f ? softmax.scale / softmax.softcap : softmax.scale * kLog2E;
+      : call_(call), shared_(shared), sums_(sums) {
     first_ = segment.first_tile * kTileSlots + ptx::warp() * kSlice;
     first_new_ = row.first_slot, news_ = call.p.attention.appended ? row.tokens : 0;
+    end_ = first_ + segment.tiles * kTileSlots;
     seen_by_all_ = {shared.seen[max(segment.columns - 1, 0)].x, shared.seen[0].y};
   }
 
@@ -130,7 +136,7 @@ class Attention {
   DELTAMEM_DEVICE void run(SliceLoader<T, kD>& loader) {
     sums_.clear();
     int stage = 0;
-    for (int tile = 0; tile < tiles_; ++tile, first_ += kTileSlots) {
+    for (; first_ < end_; first_ += kTileSlots) {
       const Tile<T, kD> k = shared_.stage(call_.stages, stage, 0), v = shared_.stage(call_.stages, stage, 1);
       float s[kN][4] = {};
       uint32_t p[kN][2];
@@ -225,14 +231,16 @@ class Attention {
 
   // Scores in base 2; what a column does not see is -inf.
   DELTAMEM_DEVICE void score(float (&s)[kN][4]) const {
-    const bool capped = call_.p.attention.attention.softmax.softcap > 0.0f;
+    const Softmax& softmax = call_.p.attention.attention.softmax;
+    constexpr float kLog2E = 1.4426950408889634f;
+    const float cap = softmax.softcap * kLog2E, factor = softmax.scale * kLog2E;
     const bool masked = first_ < seen_by_all_.x || first_ + kSlice > seen_by_all_.y;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s[n][i] *= factor_;
-        if (capped) s[n][i] = cap_ * tanhf(s[n][i]);
+        s[n][i] *= factor;  // cap tanh(x / cap) by 2^x
+        if (cap > 0.0f) s[n][i] = cap - __fdividef(2.0f * cap, 1.0f + ptx::exp2(s[n][i] * (2.0f / softmax.softcap)));
       }
       if (!masked) continue;
 #pragma unroll
@@ -275,10 +283,8 @@ class Attention {
   const Argument& call_;
   const Shared<T, kD>& shared_;
   Sums<kD, kN>& sums_;
-  const int tiles_;
-  int first_;             // slot of the slice at hand
+  int first_, end_;       // slots of the slice at hand, and of the one past the last
   int first_new_, news_;  // slots of new tokens
-  float factor_, cap_;
   int2 seen_by_all_;
 };
 
