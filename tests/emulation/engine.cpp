@@ -42,7 +42,7 @@ void expect_whole_warp(Thread& self, const char* word, Site site, uint32_t elsew
 void expect_same_line(Thread& self, uint32_t waiting) {
   if (waiting == 0) return;
   const Thread& other = self.warp->threads[std::countr_zero(waiting)];
-  if (same_line(other.waits_at, self.waits_at) && strcmp(other.waits_in, self.waits_in) == 0) return;
+  if (other.waits_in == self.waits_in && same_line(other.waits_at, self.waits_at)) return;
   expect_whole_warp(self, self.waits_in, self.waits_at, waiting);
 }
 
