@@ -19,6 +19,8 @@ if not torch.cuda.is_available():
     emulated.load("deltamem_kernels._cuda", "_cuda")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import calls
+
 from deltamem_kernels import backends
 
 ON_GPU = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
@@ -42,6 +44,14 @@ def pytest_runtest_setup(item):
         if backend in EXPECTED:
             pytest.fail(f"backend {backend} is expected here: {reason}")
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def calls_that_the_backend_covers(request, monkeypatch):
+    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
+    if backend == "cuda":
+        monkeypatch.setattr(calls, "D", 64)
+        monkeypatch.setattr(calls, "DTYPE", torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
