@@ -12,8 +12,8 @@ import emulated
 import pytest
 import torch
 
-# Triton looks when it is first imported, the package for its modules, too; cuBLAS when it is first used: eager baselines
-# must repeat.
+# Triton looks when it is first imported, the package when it looks for its modules, cuBLAS when it is first used: eager
+# baselines must repeat, too.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     emulated.load("deltamem_kernels._cuda", "_cuda")
