@@ -1,6 +1,6 @@
-// The state over a row's few tokens. A row of S is a recurrence of its own: a few lanes hold it, many rows go by at
-// once, and every block that attends the row replays it, so that none waits for another. Which of them stores the
-// new state, delta_decode.cu says.
+// The state over a row's few tokens. A row of S is a recurrence of its own: a few lanes hold it, many rows go
+// by at once, and every block that attends the row replays it, so that none waits for another. Which of them
+// stores the new state, delta_decode.cu says.
 #pragma once
 
 #include "cuda/delta_decode_schedule.cuh"
@@ -8,8 +8,8 @@
 
 namespace deltamem::cuda::decode {
 
-inline constexpr int kRowLanes = 8;                   // of a row of S
-inline constexpr int kPer = kMaxRank / kRowLanes;     // columns of a lane, at most
+inline constexpr int kRowLanes = 8;                // of a row of S
+inline constexpr int kPer = kMaxRank / kRowLanes;  // columns of a lane, at most
 
 DELTAMEM_DEVICE float sum_of_row(float x) {
 #pragma unroll
@@ -127,12 +127,13 @@ struct StateTargets {
   }
 };
 
-// reads [tokens, HR], in shared memory, of the row's tokens. Null: the tokens' reads and states go into the caller's
-// tensors instead, zeros for masked tokens' reads; no other block may then read the state.
+// reads [tokens, HR], in shared memory, of the row's tokens. Null: the tokens' reads and states go into the
+// caller's tensors instead, zeros for masked tokens' reads; no other block may then read the state.
 DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads) {
   const Memory& memory = call.p.memory;
   const bool stores = reads == nullptr;
-  const int R = static_cast<int>(memory.mem_q.size[3]), tokens = row.tokens, length = stores ? row.length : tokens;
+  const int R = static_cast<int>(memory.mem_q.size[3]), tokens = row.tokens,
+            length = stores ? row.length : tokens;
   const StateTargets targets{call.p.pool, row};
   for (int first = 0; first < call.HR; first += kThreads / kRowLanes) {
     const int r = first + ptx::thread() / kRowLanes, h = min(r, call.HR - 1) / R, i = min(r, call.HR - 1) % R;
