@@ -164,8 +164,8 @@ void run(const DeltaDecodeParams& p, Call& call) {
   const int64_t partials = argument.num_splits == 0   ? 2 * grid
                            : argument.num_splits == 1 ? 0
                                                       : items * argument.num_splits;
-  argument.sums = call.allocate_array<float>(partials * argument.columns * kD);
-  argument.stats = call.allocate_array<float>(partials * argument.columns * 2);
+  argument.sums = call.allocate_array<float>(partials * argument.columns * (kD + 2));
+  argument.stats = argument.sums + partials * argument.columns * kD;
   argument.row_counters = reinterpret_cast<int*>(call.counters(argument.rows + items));
   argument.item_counters = argument.row_counters + argument.rows;
   launch<delta_decode_kernel<T, kD>>(
