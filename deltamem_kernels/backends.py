@@ -39,7 +39,7 @@ DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
 MAX_RANK = 64  # of every backend but the reference
 MAX_HEAD_SIZE = 256  # of Triton's attention: wider tiles do not fit a multiprocessor's shared memory
 CUDA_HEAD_SIZES = (64, 128)  # of the CUDA attention; decode also has 256
-CUDA_OLDEST = 80  # compute capability 8.0: mma of bf16, cp.async
+CUDA_OLDEST = 8  # compute capability's first number: mma of bf16, cp.async
 
 
 def _has_module(name: str) -> bool:
@@ -76,6 +76,9 @@ def _why_no_cuda(error: ImportError) -> str:
 # backend -> why it cannot run on this installation and how to get it, or None
 MISSING = {backend: _missing(backend) for backend in ROOMS}
 
+# The CUDA module that tests load where no device is: its kernels run on the CPU.
+EMULATED = MISSING["cuda"] is None and importlib.import_module(NATIVE_MODULES["cuda"]).emulated
+
 # backend -> the ops that it has kernels for
 COVERED = {
     backend: {op for op in LAUNCHERS[backend] if _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")} for backend in ROOMS
@@ -111,19 +114,17 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
 
 def _runs_on_cpu(backend: str) -> bool:
     """Whether a GPU backend's kernels are interpreted, or emulated, over CPU tensors in this process."""
-    if backend == "cuda":
-        return importlib.import_module(NATIVE_MODULES["cuda"]).emulated
-    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return backend == "cuda" and EMULATED or backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _cuda_refusal(function: str, x: torch.Tensor) -> Exception | None:
-    kernels = importlib.import_module(NATIVE_MODULES["cuda"])
-    found = kernels.compute_capability(x.device.index or 0)
-    if found < CUDA_OLDEST:
-        return NotImplementedError(
-            f"{function}: GPUs below compute capability {CUDA_OLDEST / 10} are not covered by backend 'cuda', "
-            f"got {found / 10}; backend='triton' may run there"
-        )
+    if not EMULATED:
+        device = torch.cuda.get_device_properties(x.device)
+        if device.major < CUDA_OLDEST:
+            return NotImplementedError(
+                f"{function}: GPUs of compute capability below {CUDA_OLDEST}.0 are not covered by backend 'cuda', "
+                f"got {device.major}.{device.minor}; backend='triton' may run there"
+            )
     if "attention" not in function:
         return None
     if x.dtype == torch.float32:
