@@ -114,7 +114,9 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
 
 def _runs_on_cpu(backend: str) -> bool:
     """Whether a GPU backend's kernels are interpreted, or emulated, over CPU tensors in this process."""
-    return backend == "cuda" and EMULATED or backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend == "cuda":
+        return EMULATED
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _cuda_refusal(function: str, x: torch.Tensor) -> Exception | None:
