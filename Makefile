@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test emulated static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
+.PHONY: demo test emulated emulate-sanitize static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
@@ -37,6 +37,16 @@ emulated: $(VENV)/installed
 	$(BIN)/cmake -S tests/emulation -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
 	$(BIN)/cmake --build $(EMULATED)
+
+# The CUDA backend's tests over emulated kernels with AddressSanitizer and UndefinedBehaviorSanitizer, under another
+# order of threads than theirs. (ThreadSanitizer, which cannot share a build with them, is part of `make test`.)
+SCHEDULE ?= random:1
+emulate-sanitize: emulated
+	$(BIN)/cmake --build $(EMULATED) --target sanitized
+	cd tests && DELTAMEM_EMULATED=$(CURDIR)/$(EMULATED)/sanitized DELTAMEM_EMULATION_SCHEDULE=$(SCHEDULE) \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  ../$(BIN)/pytest -k "cuda and not compile" .
 
 static: $(VENV)/installed
 	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py
