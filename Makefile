@@ -49,7 +49,7 @@ emulate-sanitize: emulated
 	  ../$(BIN)/pytest -k "cuda and not compile" .
 
 static: $(VENV)/installed
-	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py
+	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py --summary ../bench/results/triton-lowering.txt
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

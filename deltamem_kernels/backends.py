@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -40,6 +42,7 @@ MAX_RANK = 64  # of every backend but the reference
 MAX_HEAD_SIZE = 256  # of Triton's attention: wider tiles do not fit a multiprocessor's shared memory
 CUDA_HEAD_SIZES = (64, 128)  # of the CUDA attention; decode also has 256
 CUDA_OLDEST = 8  # compute capability's first number: mma of bf16, cp.async
+OLDEST_TRITON = "3.6"  # whose compiler and interpreter take our kernels
 
 
 def _has_module(name: str) -> bool:
@@ -49,9 +52,25 @@ def _has_module(name: str) -> bool:
         return False
 
 
+def _version_of(module: str) -> str | None:
+    """As its __init__.py writes it: distributions of Triton have several names, and to import it takes a second."""
+    origin = importlib.util.find_spec(module).origin
+    found = re.search(r"""^__version__ = ["'](.+)["']""", Path(origin).read_text(), re.MULTILINE) if origin else None
+    return found and found[1]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
 def _missing(backend: str) -> str | None:
-    if backend == "triton" and not _has_module("triton"):
-        return "Triton is not installed (pip install 'triton>=3.6')"
+    if backend == "triton":
+        wanted = f"pip install 'triton>={OLDEST_TRITON}'"
+        if not _has_module("triton"):
+            return f"Triton is not installed ({wanted})"
+        version = _version_of("triton")
+        if version and _release(version) < _release(OLDEST_TRITON):
+            return f"Triton {version} ({wanted})"
     if backend == "cpu":
         try:
             importlib.import_module("deltamem_kernels._cpu")
@@ -90,7 +109,9 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
     if backend == "reference":
         return None
     if MISSING[backend]:
-        return RuntimeError(f"{function}: backend '{backend}' must be installed, got {MISSING[backend]}")
+        return RuntimeError(
+            f"{function}: backend '{backend}' must be installed, got {MISSING[backend]}; backend='reference' does it"
+        )
     for op in (*CHAINS[function][0], *CHAINS[function][1]):
         if op not in COVERED[backend]:
             return NotImplementedError(
@@ -98,7 +119,11 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
             )
     wanted = "cpu" if backend == "cpu" or _runs_on_cpu(backend) else "cuda"
     if x.device.type != wanted:
-        return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {x.device.type}")
+        there = "cpu" if x.device.type == "cpu" and backend != "cpu" and not MISSING["cpu"] else "reference"
+        return ValueError(
+            f"{function}: tensors must be on {wanted} for backend '{backend}', got {x.device.type}; "
+            f"backend='{there}' does it there"
+        )
     if x.dtype == torch.float64:
         return NotImplementedError(f"{function}: float64 is covered by backend='reference' only, got '{backend}'")
     if R > MAX_RANK:
@@ -107,7 +132,8 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
         )
     if backend == "triton" and "attention" in function and x.shape[-1] > MAX_HEAD_SIZE:
         return NotImplementedError(
-            f"{function}: head sizes above {MAX_HEAD_SIZE} are not covered by backend 'triton', got {x.shape[-1]}"
+            f"{function}: head sizes above {MAX_HEAD_SIZE} are not covered by backend 'triton', got {x.shape[-1]}; "
+            "backend='reference' does it"
         )
     return _cuda_refusal(function, x) if backend == "cuda" else None
 
