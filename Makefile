@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test emulated emulate-sanitize static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck gpu-bench clean
+.PHONY: demo test emulated emulate-sanitize static static-cuda static-triton lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck gpu-bench clean
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
@@ -34,9 +34,9 @@ test: lint emulated
 # The CUDA kernels compiled for the CPU, which tests load where no CUDA device is.
 EMULATED := build/emulated
 emulated: $(VENV)/installed
-	$(BIN)/cmake -S tests/emulation -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	$(BIN)/cmake -S tests/emulation -B $(EMULATED) -G Ninja $(EMULATION_OPTIONS) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
-	$(BIN)/cmake --build $(EMULATED)
+	$(BIN)/cmake --build $(EMULATED) $(EMULATION_TARGET)
 
 # The CUDA backend's tests over emulated kernels with AddressSanitizer and UndefinedBehaviorSanitizer, under another
 # order of threads than theirs. (ThreadSanitizer, which cannot share a build with them, is part of `make test`.)
@@ -48,7 +48,17 @@ emulate-sanitize: emulated
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  ../$(BIN)/pytest -k "cuda and not compile" .
 
-static: $(VENV)/installed
+# Without a GPU. CUDA: the launches of its tests, with shared memory as a GPU has it, then every kernel compiled for every
+# GPU. Triton: every configuration that its launchers pick, for every GPU.
+static: static-cuda static-triton
+LAUNCHES := $(CURDIR)/build/launches
+static-cuda: $(VENV)/installed
+	$(MAKE) emulated EMULATED=$(LAUNCHES) EMULATION_OPTIONS='-DDELTAMEM_RED_ZONE=0' EMULATION_TARGET='--target _cuda'
+	rm -f $(LAUNCHES)/log
+	cd tests && DELTAMEM_EMULATED=$(LAUNCHES) DELTAMEM_EMULATION_LAUNCHES=$(LAUNCHES)/log \
+	  ../$(BIN)/pytest -k "cuda and not compile" test_delta_*.py test_chain.py
+	cd tests && ../$(BIN)/python cuda_resources.py --launches $(LAUNCHES)/log --output ../bench/results/cuda-resources.txt
+static-triton: $(VENV)/installed
 	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py --summary ../bench/results/triton-lowering.txt
 
 lint: $(VENV)/installed
