@@ -10,9 +10,9 @@ TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
-CXX_SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CXX_SOURCES := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
+.PHONY: demo test emulated static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
@@ -28,8 +28,15 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/stream_text.py
 
 # From tests/, so that the source tree cannot stand in for the wheel.
-test: lint
+test: lint emulated
 	cd tests && ../$(BIN)/pytest --durations=8 .
+
+# The CUDA kernels compiled for the CPU, which tests load where no CUDA device is.
+EMULATED := build/emulated
+emulated: $(VENV)/installed
+	$(BIN)/cmake -S tests/emulation -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
+	$(BIN)/cmake --build $(EMULATED)
 
 static: $(VENV)/installed
 	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py

@@ -8,7 +8,7 @@ import os
 import torch
 
 from deltamem_kernels import fused
-from deltamem_kernels.ops import LAUNCHERS, ROOMS, SCHEMAS
+from deltamem_kernels.ops import LAUNCHERS, NATIVE_MODULES, ROOMS, SCHEMAS
 
 # What `auto` tries, in order, per device type. A named backend is only ever itself.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -38,6 +38,8 @@ DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
 
 MAX_RANK = 64  # of every backend but the reference
 MAX_HEAD_SIZE = 256  # of Triton's attention: wider tiles do not fit a multiprocessor's shared memory
+CUDA_HEAD_SIZES = (64, 128)  # of the CUDA attention; decode also has 256
+CUDA_OLDEST = 80  # compute capability 8.0: mma of bf16, cp.async
 
 
 def _has_module(name: str) -> bool:
@@ -55,7 +57,20 @@ def _missing(backend: str) -> str | None:
             importlib.import_module("deltamem_kernels._cpu")
         except ImportError as error:
             return f"no native module (reinstall deltamem-kernels where a C++ compiler is): {error}"
+    if backend == "cuda":
+        try:
+            importlib.import_module("deltamem_kernels._cuda")
+        except ImportError as error:
+            return f"no CUDA module ({_why_no_cuda(error)}; reinstall deltamem-kernels where nvcc is)"
     return None
+
+
+def _why_no_cuda(error: ImportError) -> str:
+    try:
+        from deltamem_kernels._build import CUDA_MISSING
+    except ImportError:
+        return "the package was not built"
+    return CUDA_MISSING or str(error)
 
 
 # backend -> why it cannot run on this installation and how to get it, or None
@@ -63,10 +78,7 @@ MISSING = {backend: _missing(backend) for backend in ROOMS}
 
 # backend -> the ops that it has kernels for
 COVERED = {
-    backend: {
-        op for op in LAUNCHERS[backend] if backend != "cuda" and _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")
-    }
-    for backend in ROOMS
+    backend: {op for op in LAUNCHERS[backend] if _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")} for backend in ROOMS
 }
 
 
@@ -81,8 +93,7 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
             return NotImplementedError(
                 f"{function}: the {backend} backend has no kernel for {op}; backend='reference' does it"
             )
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
+    wanted = "cpu" if backend == "cpu" or _runs_on_cpu(backend) else "cuda"
     if x.device.type != wanted:
         return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {x.device.type}")
     if x.dtype == torch.float64:
@@ -94,6 +105,37 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
     if backend == "triton" and "attention" in function and x.shape[-1] > MAX_HEAD_SIZE:
         return NotImplementedError(
             f"{function}: head sizes above {MAX_HEAD_SIZE} are not covered by backend 'triton', got {x.shape[-1]}"
+        )
+    return _cuda_refusal(function, x) if backend == "cuda" else None
+
+
+def _runs_on_cpu(backend: str) -> bool:
+    """Whether a GPU backend's kernels are interpreted, or emulated, over CPU tensors in this process."""
+    if backend == "cuda":
+        return importlib.import_module(NATIVE_MODULES["cuda"]).emulated
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _cuda_refusal(function: str, x: torch.Tensor) -> Exception | None:
+    kernels = importlib.import_module(NATIVE_MODULES["cuda"])
+    found = kernels.compute_capability(x.device.index or 0)
+    if found < CUDA_OLDEST:
+        return NotImplementedError(
+            f"{function}: GPUs below compute capability {CUDA_OLDEST / 10} are not covered by backend 'cuda', "
+            f"got {found / 10}; backend='triton' may run there"
+        )
+    if "attention" not in function:
+        return None
+    if x.dtype == torch.float32:
+        return NotImplementedError(
+            f"{function}: float32 attention is not covered by backend 'cuda'; backend='triton' does it"
+        )
+    decodes = function == "fused_delta_attention_with_kvcache" and x.shape[1] <= fused.MAX_DECODE_TOKENS
+    covered = (*CUDA_HEAD_SIZES, 256) if decodes else CUDA_HEAD_SIZES
+    if x.shape[-1] not in covered:
+        return NotImplementedError(
+            f"{function}: head sizes other than {', '.join(map(str, covered))} are not covered by backend 'cuda' here, "
+            f"got {x.shape[-1]}; backend='triton' does it"
         )
     return None
 
