@@ -3,25 +3,17 @@
 //     maps_kernel (delta_scan_maps.cuh)      where segments start; none where segments are whole sequences
 //     replay_kernel                          every segment from its start: reads, tape, final state
 //
-// A lane holds kColumns channels of one row of S in registers; a token costs it 4 kColumns FMAs and a few wide
-// loads of shared memory, into which producing threads bring the next tokens meanwhile.
+// A lane holds kColumns channels of one row of S in registers; a token costs it 4 kColumns FMAs and a few
+// wide loads of shared memory, into which producing threads bring the next tokens meanwhile.
 #include "cuda/delta_scan_maps.cuh"
 
 namespace deltamem::cuda {
 namespace {
 
 template <int kRP>
-struct ReplayShape {
-  static constexpr int RP = kRP;
-  static constexpr int kColumns = RP < 16 ? RP : 16;          // channels of a lane
-  static constexpr int kLanesOfRow = RP / kColumns;
-  static constexpr int kLanes = RP * kLanesOfRow;             // of a segment: 8, 16, 64, 256
-  static constexpr int kUnits = kLanes < 32 ? 32 / kLanes : 1;  // segments of a block
-  static constexpr int kConsumers = kLanes * kUnits;
-  static constexpr int kThreads = kConsumers + kProducers;
-  static constexpr int kPieces = RP / kPiece;
-  static constexpr int kPitch = kUnits * RP;
-  static constexpr int kChunk = kChunkFloats / kPitch;  // tokens
+struct ReplayShape : LaneShape<kRP> {
+  static constexpr int kThreads = LaneShape<kRP>::kConsumers + kProducers;
+  static constexpr int kChunk = kChunkFloats / LaneShape<kRP>::kPitch;  // tokens
 };
 
 template <class S>
@@ -69,12 +61,12 @@ class ReplayLane {
       }
       float y[S::kColumns];
       load_row(chunk.q + place + first_, y);
-      const float read = sum_of_row(dot(s_, y));
+      const float read = S::sum_of_row(dot(s_, y));
       if (reads_here) *reads = read;
       if (write) {
         load_row(chunk.k + place + first_, y);
         const int own = place + row_;
-        const float u = fmaf(-chunk.erase[own], sum_of_row(dot(s_, y)), chunk.put[own]);
+        const float u = fmaf(-chunk.erase[own], S::sum_of_row(dot(s_, y)), chunk.put[own]);
         const float keep = chunk.keep[own];
 #pragma unroll
         for (int j = 0; j < S::kColumns; ++j) s_[j] = fmaf(u, y[j], keep * s_[j]);
@@ -95,12 +87,6 @@ class ReplayLane {
   }
 
  private:
-  DELTAMEM_DEVICE static float sum_of_row(float x) {
-#pragma unroll
-    for (int distance = 1; distance < S::kLanesOfRow; distance *= 2) x += ptx::shfl_xor(x, distance);
-    return x;
-  }
-
   // slot < 0: nothing is stored.
   DELTAMEM_DEVICE void store_state(int64_t slot) const {
     if (slot < 0 || row_ >= p_.plan.rank) return;
@@ -108,7 +94,8 @@ class ReplayLane {
   }
   DELTAMEM_DEVICE void store_tape(int token) const {
     if (row_ >= p_.plan.rank) return;
-    const int slot = p_.plan.first_slot(p_.rows, x_.row, x_.sequence_start, p_.tape_len) + token / p_.tape_len;
+    const int slot =
+        p_.plan.first_slot(p_.rows, x_.row, x_.sequence_start, p_.tape_len) + token / p_.tape_len;
     store_channels(p_.tape.at<float>(slot, x_.head, row_), first_, p_.plan.rank, s_);
   }
 
@@ -136,16 +123,7 @@ __global__ void __launch_bounds__(ReplayShape<RP>::kThreads)
   using S = ReplayShape<RP>;
   const ReplayMemory<S> shared(Carver::of_block());
   const int thread = ptx::thread();
-  if (thread < S::kUnits) {
-    shared.segments[thread] = find_segment(p, static_cast<int>(ptx::block()) * S::kUnits + thread, p.plan.segment_len);
-  }
-  ptx::sync_block();
-  int longest = 0;
-#pragma unroll
-  for (int i = 0; i < S::kUnits; ++i) {
-    const int count = shared.segments[i].count;
-    longest = longest < count ? count : longest;
-  }
+  const int longest = find_segments<S>(p, shared.segments);
   const int chunks = ceil_div(longest, S::kChunk);
 
   if (thread >= S::kConsumers) {

@@ -1,17 +1,17 @@
 // The affine maps of segments and their products: where every segment's state starts.
 //
 // A segment takes row i of the state from s to s M_i + b_i. Its map is RP + 1 vectors that pass through the
-// same recurrence: the unit vectors, which become the rows of M_i, and 0 with the writes on, which becomes b_i.
-// Where all rows share their gates there is one M; lane i then carries unit vector i beside its b_i.
+// same recurrence: the unit vectors, which become the rows of M_i, and 0 with the writes on, which becomes
+// b_i. Where all rows share their gates there is one M; lane i then carries unit vector i beside its b_i.
 //
 // The reverse pass takes g = dS through the same symmetric token maps in the opposite order, with dreads q in
 // place of write v k: kReverse. "First" and "before" are then meant in that order.
 //
-// A block takes a group. Its maps stand in shared memory, and their running products (the map from the group's
-// start to each segment's end) go to segment_maps. The last block of a supergroup to arrive does the same with
-// the groups' totals, to group_maps; the last of a sequence carries the state through the supergroups, to
-// starts. Whoever comes last computes the same numbers in the same order. A segment then starts two products
-// behind its supergroup: carry_to_segment.
+// A block takes a group. Its maps stand in shared memory, and their running products (the map from the
+// group's start to each segment's end) go to segment_maps. The last block of a supergroup to arrive does the
+// same with the groups' totals, to group_maps; the last of a sequence carries the state through the
+// supergroups, to starts. Whoever comes last computes the same numbers in the same order. A segment then
+// starts two products behind its supergroup: carry_to_segment.
 #pragma once
 
 #include "cuda/delta_scan_tokens.cuh"
@@ -22,15 +22,15 @@ namespace deltamem::cuda {
 template <int kRP, bool kOneMap>
 struct MapShape {
   static constexpr int RP = kRP;
-  static constexpr int kUnits = group_of(RP);            // segments of a block: a group
-  static constexpr int kVectors = kOneMap ? 2 : 3;       // of a lane
+  static constexpr int kUnits = group_of(RP);       // segments of a block: a group
+  static constexpr int kVectors = kOneMap ? 2 : 3;  // of a lane
   static constexpr int kTurns = kOneMap ? 1 : (RP + 1 + kVectors - 1) / kVectors;  // lanes of a row
-  static constexpr int kLanes = RP * kTurns;             // of a segment
+  static constexpr int kLanes = RP * kTurns;                                       // of a segment
   static constexpr int kConsumers = kUnits * kLanes;
   static constexpr int kThreads = kConsumers + kProducers;
   static constexpr int kPieces = RP / kPiece;
   static constexpr int kPitch = kUnits * RP;
-  static constexpr int kChunk = kChunkFloats / kPitch;   // tokens
+  static constexpr int kChunk = kChunkFloats / kPitch;  // tokens
   static constexpr int kMatrices = kOneMap ? 1 : RP;
   static constexpr int kSize = (kMatrices + 1) * RP * RP;  // floats of a map: [kMatrices, RP, RP], b [RP, RP]
   // In shared memory the rows' matrices stand 4 floats apart, so that lanes of 8 rows read from all banks.
@@ -190,7 +190,8 @@ DELTAMEM_DEVICE bool arrive_last(uint32_t* counter, int members, int* arrived) {
   ptx::fence();
   ptx::sync_block();
   if (ptx::thread() == 0) {
-    *arrived = ptx::atomic_inc(counter, static_cast<uint32_t>(members - 1)) + 1 == static_cast<uint32_t>(members);
+    *arrived =
+        ptx::atomic_inc(counter, static_cast<uint32_t>(members - 1)) + 1 == static_cast<uint32_t>(members);
   }
   ptx::sync_block();
   const bool last = *arrived != 0;
@@ -224,8 +225,8 @@ DELTAMEM_DEVICE void compose_groups(const ScanArgs& p, const Tree& tree, int sup
 template <int kCount>
 DELTAMEM_DEVICE void load_start(const ScanArgs& p, const Segment& x, int row, int first, float (&s)[kCount]) {
   clear(s);
-  const bool has_state = p.start && !x.padding && row < p.plan.rank &&
-                         (!p.has_start || *p.has_start.at<bool>(x.row));
+  const bool has_state =
+      p.start && !x.padding && row < p.plan.rank && (!p.has_start || *p.has_start.at<bool>(x.row));
   if (!has_state) return;
   const int64_t slot = p.start_slots ? *p.start_slots.at<int32_t>(x.row) : x.row;
   load_channels(p.start, p.start.offset(slot, x.head, row), first, p.plan.rank, s);
@@ -316,7 +317,8 @@ __global__ void __launch_bounds__(MapShape<RP, kOneMap>::kThreads)
     for (int c = 0; c < chunks; ++c) {
       ptx::sync_named(1, S::kThreads);
       const int left = count - c * S::kChunk;
-      map_tokens<S, kReverse>(shared.chunk(c), left < S::kChunk ? left : S::kChunk, unit * RP, row, has_bias, x);
+      map_tokens<S, kReverse>(shared.chunk(c), left < S::kChunk ? left : S::kChunk, unit * RP, row, has_bias,
+                              x);
     }
     ptx::sync_named(1, S::kThreads);  // all have done with the tokens
     float* map = shared.map(kReverse ? segments.count - 1 - unit : unit);
@@ -376,7 +378,8 @@ void launch_maps_of(Call& call, ScanArgs& p) {
   p.starts = call.allocate_array<float>(supergroups * RP * RP);
   p.counters = call.counters(supergroups + p.plan.rows * H);
   launch<maps_kernel<RP, kOneMap, kReverse>>(
-      call, {.blocks = p.plan.slots[1] * H, .threads = S::kThreads, .shared_bytes = MapMemory<S>(Carver()).bytes},
+      call,
+      {.blocks = p.plan.slots[1] * H, .threads = S::kThreads, .shared_bytes = MapMemory<S>(Carver()).bytes},
       p);
 }
 

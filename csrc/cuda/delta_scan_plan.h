@@ -1,11 +1,11 @@
-// How a scan is cut, decided on the host from shapes alone: nothing here looks at lengths or at the device, so
-// a row's bits are the same on every chip and beside any neighbours.
+// How a scan is cut, decided on the host from shapes alone: nothing here looks at lengths or at the device,
+// so a row's bits are the same on every chip and beside any neighbours.
 //
 //     token -> segment of segment_len tokens -> group of segments -> supergroup of kSupergroup groups
 //
 // A row of the state passes a segment as an affine map, so segments run in parallel:
-//     maps     every segment's map, then in fixed order the products within each group, supergroup and sequence
-//     replay   every segment from its true start state
+//     maps     every segment's map, then in fixed order the products within each group, supergroup and
+//     sequence replay   every segment from its true start state
 // Where rows alone fill the machine, or sequences are short, a segment is a whole sequence and needs no map.
 #pragma once
 
@@ -16,12 +16,12 @@ namespace deltamem::cuda {
 
 inline constexpr int kSupergroup = 16;  // groups
 
-// Tokens of a sequence up to which one lane per row is as fast: a token takes it about 50 cycles, and the maps
-// cost a launch and three rounds of products, some 5 us.
+// Tokens of a sequence up to which one lane per row is as fast: a token takes it about 50 cycles, and the
+// maps cost a launch and three rounds of products, some 5 us.
 inline constexpr int kSequentialSegments = 4;
 
-// A map costs (R + 1) / 2 replays. It pays while the rows alone leave lanes idle: one state's replay keeps R of
-// an H200's 16896 lanes busy.
+// A map costs (R + 1) / 2 replays. It pays while the rows alone leave lanes idle: one state's replay keeps R
+// of an H200's 16896 lanes busy.
 inline constexpr int64_t kIdleStates8 = 256, kIdleStates16 = 64;
 // Tokens a sequence, in the mean: above, a packed batch is not drafts alone but has a prompt among them.
 inline constexpr int64_t kPackedTokens = 8;
@@ -49,9 +49,7 @@ struct ScanPlan {
   DELTAMEM_HD int first_slot(const Rows& r, int row, int start, int length) const {
     return r.cu_seqlens ? start / length + row : row * per_row(length);
   }
-  DELTAMEM_HD int per_row(int length) const {
-    return tokens <= length ? 1 : (tokens - 1) / length + 1;
-  }
+  DELTAMEM_HD int per_row(int length) const { return tokens <= length ? 1 : (tokens - 1) / length + 1; }
   // Tokens, or as many as no sequence has.
   DELTAMEM_HD int group_len() const { return longer(segment_len, group); }
   DELTAMEM_HD int supergroup_len() const { return longer(group_len(), kSupergroup); }
@@ -59,7 +57,7 @@ struct ScanPlan {
     return length > tokens / times ? tokens + 1 : length * times;
   }
   int count_slots(const Rows& r, int length) const {
-    return r.cu_seqlens ? (rows > 0 ? tokens / length + rows : 0) : rows * per_row(length);
+    return r.cu_seqlens ? tokens / length + (rows > 1 ? rows : 1) : rows * per_row(length);
   }
 };
 

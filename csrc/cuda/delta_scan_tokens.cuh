@@ -1,8 +1,9 @@
 // What the scan's kernels share: where a segment lies, and how its tokens come into shared memory.
 //
-// A block has consuming warps, whose lanes hold rows of states in registers, and kProducers producing threads,
-// which load the next chunk of tokens meanwhile: any dtype and stride, activated, gates opened, as fp32 rows
-// that a lane then takes in a few wide loads. A masked token arrives as one that changes and reads nothing.
+// A block has consuming warps, whose lanes hold rows of states in registers, and kProducers producing
+// threads, which load the next chunk of tokens meanwhile: any dtype and stride, activated, gates opened, as
+// fp32 rows that a lane then takes in a few wide loads. A masked token arrives as one that changes and reads
+// nothing.
 #pragma once
 
 #include "cuda/delta_scan_plan.h"
@@ -12,8 +13,8 @@
 namespace deltamem::cuda {
 
 inline constexpr int kProducers = 128;
-inline constexpr int kPiece = 8;                            // channels that a producing thread loads at once
-inline constexpr int kChunkFloats = kProducers * kPiece;    // one array of a chunk: one piece per producer
+inline constexpr int kPiece = 8;                          // channels that a producing thread loads at once
+inline constexpr int kChunkFloats = kProducers * kPiece;  // one array of a chunk: one piece per producer
 
 // Every kernel's arguments.
 struct ScanArgs {
@@ -76,6 +77,37 @@ DELTAMEM_DEVICE Segment find_segment(const ScanArgs& p, int item, int length) {
   x.count = x.sequence_length - x.begin < length ? x.sequence_length - x.begin : length;
   x.padding = p.start_slots && *p.start_slots.at<int32_t>(x.row) < 0;
   return x;
+}
+
+// How a block's consuming lanes hold states.
+template <int kRP>
+struct LaneShape {
+  static constexpr int RP = kRP;
+  static constexpr int kColumns = RP < 16 ? RP : 16;            // channels of a lane
+  static constexpr int kLanesOfRow = RP / kColumns;             // neighbours
+  static constexpr int kLanes = RP * kLanesOfRow;               // of a segment: 8, 16, 64, 256
+  static constexpr int kUnits = kLanes < 32 ? 32 / kLanes : 1;  // segments of a block
+  static constexpr int kConsumers = kLanes * kUnits;
+  static constexpr int kPieces = RP / kPiece;
+  static constexpr int kPitch = kUnits * RP;
+
+  DELTAMEM_DEVICE static float sum_of_row(float x) {
+#pragma unroll
+    for (int distance = 1; distance < kLanesOfRow; distance *= 2) x += ptx::shfl_xor(x, distance);
+    return x;
+  }
+};
+
+// The block's segments, from shared memory's table: tokens of the longest.
+template <class S>
+DELTAMEM_DEVICE int find_segments(const ScanArgs& p, Segment* segments) {
+  const int thread = ptx::thread(), first = static_cast<int>(ptx::block()) * S::kUnits;
+  if (thread < S::kUnits) segments[thread] = find_segment(p, first + thread, p.plan.segment_len);
+  ptx::sync_block();
+  int longest = 0;
+#pragma unroll
+  for (int i = 0; i < S::kUnits; ++i) longest = longest < segments[i].count ? segments[i].count : longest;
+  return longest;
 }
 
 // ---- rows of numbers -------------------------------------------------------------------------------------
@@ -178,12 +210,29 @@ class TokenLoader {
       y[i] = tanhf(y[i]);
       squares = fmaf(y[i], y[i], squares);
     }
-#pragma unroll
-    for (int distance = 1; distance < kPieces; distance *= 2) squares += ptx::shfl_xor(squares, distance);
-    const float norm = fmaxf(sqrtf(squares), kL2NormEps), scale = 1.0f / norm;
+    const float norm = fmaxf(sqrtf(sum_of_pieces(squares)), kL2NormEps), scale = 1.0f / norm;
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) y[i] *= scale;
     return norm;
+  }
+
+  // Through z = y / norm, y = tanh(x): dz -> dx. z and norm as load_activated left them.
+  DELTAMEM_DEVICE void activation_bwd(const float (&z)[kPiece], float norm, float (&dz)[kPiece]) const {
+    if (!memory_.qk_activation) return;
+    float along = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) along = fmaf(z[i], dz[i], along);
+    along = sum_of_pieces(along);
+    if (norm <= kL2NormEps) along = 0.0f;
+    const float scale = 1.0f / norm;
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) dz[i] = tanh_bwd(fmaf(-along, z[i], dz[i]) * scale, z[i] * norm);
+  }
+
+  DELTAMEM_DEVICE static float sum_of_pieces(float x) {
+#pragma unroll
+    for (int distance = 1; distance < kPieces; distance *= 2) x += ptx::shfl_xor(x, distance);
+    return x;
   }
 
   // beta and the decay in use; of a token that is not live 0 and 1.
@@ -214,8 +263,8 @@ class TokenLoader {
     }
   }
 
-  DELTAMEM_DEVICE void load_gate(const Tensor& gate, const float (&bias)[kPiece], int t, bool live, float idle,
-                                 float (&x)[kPiece]) const {
+  DELTAMEM_DEVICE void load_gate(const Tensor& gate, const float (&bias)[kPiece], int t, bool live,
+                                 float idle, float (&x)[kPiece]) const {
     if (live) {
       spread(gate, gate.offset(segment_.batch, segment_.token(t), segment_.head), x);
 #pragma unroll
