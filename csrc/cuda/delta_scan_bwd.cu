@@ -12,7 +12,7 @@
 //
 // Consuming lanes touch nothing but shared memory and those states. Producing threads load chunks ahead of
 // them, and take the gradients of the chunk behind through activations and gates to memory.
-#include "cuda/delta_scan_reverse.cuh"
+#include "cuda/delta_scan_gradients.cuh"
 
 namespace deltamem::cuda {
 namespace {
