@@ -78,11 +78,9 @@ class StepLoader {
   DELTAMEM_DEVICE bool has_lam() const { return m_.lam && m_.update_rule != UpdateRule::no_lambda; }
 
   DELTAMEM_DEVICE void load_columns(const Tensor& x, int64_t batch, int64_t t, float (&y)[kPer]) const {
-    dispatch_float(x.dtype, [&](auto type) {
-      const auto* row = x.at<decltype(type)>(batch, t, h_);
+    const int64_t offset = x.offset(batch, t, h_);
 #pragma unroll
-      for (int n = 0; n < kPer; ++n) y[n] = column(n) < R_ ? ptx::to_float(row[column(n)]) : 0.0f;
-    });
+    for (int n = 0; n < kPer; ++n) y[n] = column(n) < R_ ? load_float(x, offset + column(n)) : 0.0f;
   }
   // Of the row, or shared by the rows.
   DELTAMEM_DEVICE float load_gate(const Tensor& x, int64_t batch, int64_t t) const {
