@@ -284,7 +284,7 @@ class Attention {
   const Argument& call_;
   const Shared<T, kD>& shared_;
   Sums<kD, kN>& sums_;
-  int first_, end_;       // slots of the slice at hand, and of the one past the last
+  int first_, end_;  // slots of the slice at hand, and of the one past the last
   int2 seen_by_all_;
 };
 
