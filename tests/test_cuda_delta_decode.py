@@ -34,7 +34,7 @@ def rows(case, order):
 @pytest.mark.parametrize("heads", [(2, 2), (8, 2), (5, 1), (16, 1)], ids=str)
 @pytest.mark.parametrize("T", [1, 3, 16])
 def test_tokens_groups_and_head_sizes(backend, T, heads, D, monkeypatch):
-    """Up to 256 query columns a kv head, in blocks of 32, or 16 at D = 256."""
+    """Up to 256 query columns a kv head, in blocks of 32, 24 at D = 128, or 16 at D = 256."""
     HQ, HKV = heads
     check(case_of([130, 20], T=T, HQ=HQ, HKV=HKV, D=D, memory={}, num_splits=2), backend, monkeypatch)
 

@@ -17,9 +17,12 @@ inline constexpr int kBlocksPerMultiprocessor = 2;  // 255 registers a thread al
 inline constexpr int kLongestMerge = 64;            // splits of an item where the kernel chooses
 inline constexpr int kMaxSplits = 256;              // where the caller does
 
-// Query columns of an item, kD <= 128: 32, so that the sums, kD x columns over 32 lanes, take 128 registers.
+// Query columns of an item. The sums, kD x columns over 32 lanes, take 64, 96 and 128 registers; with 32
+// columns at kD = 128 sm_120 spills.
 template <int kD>
-inline constexpr int kMaxColumns = kD > 128 ? 16 : 32;
+inline constexpr int kMaxColumns = kD > 128  ? 16
+                                   : kD > 64 ? 24
+                                             : 32;
 
 // Columns that the products cover: one mma's, or all that there may be.
 template <int kD>
