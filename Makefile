@@ -82,7 +82,7 @@ format: $(VENV)/installed
 SANITIZED := build/sanitized
 sanitize: $(VENV)/installed
 	rm -rf $(SANITIZED)
-	DELTAMEM_SANITIZE=address,undefined $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
+	DELTAMEM_CUDA=0 DELTAMEM_SANITIZE=address,undefined $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
 	cd tests && PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
@@ -132,10 +132,11 @@ gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck: gpu-%: $(GPU_BUILD)/inst
 	cd tests && PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 $(SANITIZER) --tool $* --error-exitcode 9 \
 	  $(GPU_PYTHON) -m pytest -m gpu test_gpu.py -k "public_api and $(CHECKED)"
 
-GPU_OPTIONS_decode := --batches 1 4 16
-GPU_OPTIONS_prefill := --tokens 2048 8192 32768
-GPU_OPTIONS_training := --tokens 2048 8192
-GPU_OPTIONS_host := --backend triton
+GPU_OPTIONS_scan := --backend cuda --against triton
+GPU_OPTIONS_decode := --batches 1 4 16 --backends cuda triton
+GPU_OPTIONS_prefill := --tokens 2048 8192 32768 --backend cuda --against triton
+GPU_OPTIONS_training := --tokens 2048 8192 --backend cuda --against triton
+GPU_OPTIONS_host := --backend cuda
 gpu-bench: $(addprefix gpu-bench-,scan decode prefill training training_step host)
 
 gpu-bench-%: $(GPU_BUILD)/installed
