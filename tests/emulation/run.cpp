@@ -20,7 +20,8 @@ namespace {
 constexpr int64_t kMaxIdle = 1 << 22;  // yields in a row while nothing else happens
 constexpr int64_t kMaxRaceThreads = 8000;
 
-char ended;  // tells TSan that what follows the grid follows all its threads
+// Tell TSan that a grid's threads follow what came before it, and what comes after it them.
+char begun, ended;
 
 // From "... [with auto kKernel = deltamem::cuda::scan<8>; Args = ...]".
 std::string kernel_name(const char* text) {
@@ -31,6 +32,7 @@ std::string kernel_name(const char* text) {
 
 void thread_main() {
   run->thread().fiber.entered();
+  acquire(&begun);
   run->grid().run_thread(run->grid().arguments);
   run->end_thread();
 }
@@ -112,6 +114,7 @@ void Run::admit() {
     for (auto& warp : block->warps) {
       for (Thread& thread : warp->threads) thread.fiber.create();
     }
+    release(&begun);
     schedule_.prioritise(*block);
     resident_.push_back(block);
     progress();
