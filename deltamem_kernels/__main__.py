@@ -27,9 +27,8 @@ def describe(backend: str) -> str:
 
 
 def main() -> None:
-    print(
-        f"deltamem_kernels {deltamem_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    )
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"deltamem_kernels {deltamem_kernels.__version__}, {versions}")
     for backend in ops.ROOMS:
         print(f"  {backend:<10} {describe(backend)}")
     if not torch.cuda.is_available():

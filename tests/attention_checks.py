@@ -6,14 +6,14 @@ import math
 import torch
 from attention_inputs import defaults
 from gradients import ints
-from kernel_checks import TRITON
+from kernel_checks import CUDA, TRITON
 
 from deltamem_kernels import ops
 from deltamem_kernels.reference import delta_attention as reference
 from deltamem_kernels.reference.delta_prep import delta_prep_fwd
 from deltamem_kernels.reference.rows import cached_spans, slot_index, spans
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")
 

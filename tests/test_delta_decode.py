@@ -10,13 +10,13 @@ import pytest
 import torch
 from attention_inputs import defaults
 from gradients import ints
-from kernel_checks import TRITON
+from kernel_checks import CUDA, TRITON
 
 from deltamem_kernels import _cpu, ops
 from deltamem_kernels.reference import delta_attention as reference_attention
 from deltamem_kernels.reference import delta_decode as reference
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 ISAS = _cpu.supported_isas()
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAN = float("nan")

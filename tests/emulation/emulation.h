@@ -1,5 +1,5 @@
-// The words of csrc/cuda/ptx.cuh for a host compiler: kernels run on the CPU, their threads as fibers. Needs no
-// CUDA toolkit. What each word means stands in ptx.cuh.
+// The words of csrc/cuda/ptx.cuh for a host compiler: kernels run on the CPU, their threads as fibers. Needs
+// no CUDA toolkit. What each word means stands in ptx.cuh.
 #pragma once
 
 #include <string>
@@ -147,8 +147,8 @@ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - emulation::here.shared_memory);
 }
 
-// Between issue and arrival the target is NaN. Both ends are touched at issue and at arrival, by this thread and
-// in its kernel's code, so that a sanitizer sees both and names the line.
+// Between issue and arrival the target is NaN. Both ends are touched at issue and at arrival, by this thread
+// and in its kernel's code, so that a sanitizer sees both and names the line.
 inline void cp_async(void* target, const void* source, bool valid, Site site = Site::current()) {
   emulation::start_copy({target, source, valid}, site);
   if (valid) {
@@ -238,19 +238,18 @@ std::tuple<std::remove_const_t<Parameters>...> parameters_of(void (*)(Parameters
 template <auto kKernel, class... Args>
 const char* launch(const LaunchShape& shape, int device, void*, const Args&... args) {
   using Parameters = decltype(parameters_of(kKernel));
-  static_assert(std::is_same_v<Parameters, std::tuple<Args...>>, "Args: exactly the kernel's parameter types");
+  static_assert(std::is_same_v<Parameters, std::tuple<Args...>>,
+                "Args: exactly the kernel's parameter types");
   if (device != 0) return "the emulation has one device";
   const Parameters parameters(args...);
-  return emulation::launch({.kernel = __PRETTY_FUNCTION__,
-                            .run_thread =
-                                [](const void* all) {
-                                  std::apply(kKernel, *static_cast<const Parameters*>(all));
-                                },
-                            .arguments = &parameters,
-                            .blocks = shape.blocks,
-                            .threads = shape.threads,
-                            .shared_bytes = shape.shared_bytes,
-                            .overlaps_previous = shape.overlaps_previous});
+  return emulation::launch(
+      {.kernel = __PRETTY_FUNCTION__,
+       .run_thread = [](const void* all) { std::apply(kKernel, *static_cast<const Parameters*>(all)); },
+       .arguments = &parameters,
+       .blocks = shape.blocks,
+       .threads = shape.threads,
+       .shared_bytes = shape.shared_bytes,
+       .overlaps_previous = shape.overlaps_previous});
 }
 
 }  // namespace deltamem::ptx

@@ -1,6 +1,6 @@
 // What the emulated words ask of the engine, which runs each CUDA thread as a fiber of one OS thread. Fibers
-// change only inside these calls. The engine is never instrumented by TSan; the words are, so that reports name
-// lines of kernels.
+// change only inside these calls. The engine is never instrumented by TSan; the words are, so that reports
+// name lines of kernels.
 #pragma once
 
 #include <cstddef>
