@@ -2,7 +2,8 @@
 //
 // A block takes 128 query columns of one kv head and meets their keys in tiles of 64. Three pieces:
 //
-//     prologue    q + delta reads -> RMSNorm -> RoPE in fp32, rounded once into a tile of shared memory, while
+//     prologue    q + delta reads -> RMSNorm -> RoPE in fp32, rounded once into a tile of shared memory,
+//     while
 //                 the first tiles of K and V fly
 //     mainloop    ForwardTiles::q (prepared; zeros where a column is no query) and the rows' ranges of keys
 //                 in, Attended out: fragments of m16n8k16, warp w holding rows 16 w .. and 64 + 16 w ..
@@ -11,8 +12,8 @@
 // The mainloop is FlashAttention-2's for mma.sync: four warps of 32 rows, so that each fragment of K or V
 // that ldmatrix brings serves two products; scores, P and out in registers; K and V tiles alternate in a ring
 // of three, each copied a whole step (softmax and one product) before its use, one barrier per tile. Another
-// mainloop needs nothing but these contracts: the tile of q has whole rows and any order of warps may fill it,
-// and wgmma's accumulators are the fragments that Attended holds.
+// mainloop needs nothing but these contracts: the tile of q has whole rows and any order of warps may fill
+// it, and wgmma's accumulators are the fragments that Attended holds.
 //
 // Floor: 4 D flops per visible (query, key) and head on the tensor cores' mma.sync rate.
 #include "cuda/delta_attention.cuh"
@@ -93,7 +94,8 @@ DELTAMEM_DEVICE void find_state(const DeltaAttentionCacheParams& p, const Cut& c
 
 // Which keys of the tile at `first` somebody of this block may see.
 template <class T>
-DELTAMEM_DEVICE uint64_t bits_of_keys(const DeltaAttentionCacheParams& p, const BlockState<T>& state, int first) {
+DELTAMEM_DEVICE uint64_t bits_of_keys(const DeltaAttentionCacheParams& p, const BlockState<T>& state,
+                                      int first) {
   const uint64_t inside = bits_of_range(state.seen.any, first);
   if (!masks_keys(p)) return inside;
   return shown_bits(p.attention.rows, state.tile.batch, state.tile.start + first, inside);
@@ -101,8 +103,8 @@ DELTAMEM_DEVICE uint64_t bits_of_keys(const DeltaAttentionCacheParams& p, const 
 
 // Starts the copy of the rows at slots [first, first + kKeys) of x, of which `base` is slot 0 or page 0.
 template <class T, int D>
-DELTAMEM_DEVICE void load_keys(const DeltaAttentionCacheParams& p, const BlockState<T>& state, const Tensor& x,
-                               const T* base, bool aligned, int first, Tile<T, D> tile) {
+DELTAMEM_DEVICE void load_keys(const DeltaAttentionCacheParams& p, const BlockState<T>& state,
+                               const Tensor& x, const T* base, bool aligned, int first, Tile<T, D> tile) {
   const uint64_t bits = bits_of_keys(p, state, first);
   const int64_t page_stride = x.stride[0], stride = x.stride[1];
   const int page_size = static_cast<int>(x.size[1]);
@@ -129,8 +131,8 @@ DELTAMEM_DEVICE void load_queries(const DeltaAttentionCacheParams& p, bool align
   const Tensor& q = p.attention.q;
   const ColumnTile& tile = shared.state->tile;
   const int own = own_row(ptx::lane() / 16, ptx::lane() % 16);
-  shared.seen[own] = seen_by_column(p.attention.rows, !is_cached(p), Window(p.attention.softmax), tile,
-                                    tile.first + own);
+  shared.seen[own] =
+      seen_by_column(p.attention.rows, !is_cached(p), Window(p.attention.softmax), tile, tile.first + own);
   ptx::sync_warp();
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) {
@@ -182,7 +184,8 @@ DELTAMEM_DEVICE void attend(const DeltaAttentionCacheParams& p, const Alignment&
     const int next = first + kKeys;
     ptx::cp_async_wait<1>();
     ptx::sync_block();  // K has landed, and every warp is done with the tile before
-    if (next < end) load_keys(p, state, a.k, state.k, aligned.k, next, shared.stage(stage == 0 ? 2 : stage - 1));
+    if (next < end)
+      load_keys(p, state, a.k, state.k, aligned.k, next, shared.stage(stage == 0 ? 2 : stage - 1));
     ptx::cp_async_commit();
     float s[kFragments][8][4] = {};
     multiply(s, shared.q, own_row(0, 0), 64, shared.stage(stage));
@@ -202,7 +205,8 @@ DELTAMEM_DEVICE void attend(const DeltaAttentionCacheParams& p, const Alignment&
     stage = stage == 2 ? 0 : stage + 1;
     ptx::cp_async_wait<1>();
     ptx::sync_block();  // V has landed, and every warp is done with K
-    if (next < end) load_keys(p, state, a.v, state.v, aligned.v, next, shared.stage(stage == 0 ? 2 : stage - 1));
+    if (next < end)
+      load_keys(p, state, a.v, state.v, aligned.v, next, shared.stage(stage == 0 ? 2 : stage - 1));
     ptx::cp_async_commit();
     accumulate(result.out, s, shared.stage(stage));
     stage = stage == 2 ? 0 : stage + 1;
@@ -213,8 +217,8 @@ DELTAMEM_DEVICE void attend(const DeltaAttentionCacheParams& p, const Alignment&
 
 // This warp's rows to out, through its rows of the tile of q, and their lse.
 template <class T, int D>
-DELTAMEM_DEVICE void store_results(const DeltaAttentionParams& p, bool aligned, const ForwardTiles<T, D>& shared,
-                                   Attended<D>& result) {
+DELTAMEM_DEVICE void store_results(const DeltaAttentionParams& p, bool aligned,
+                                   const ForwardTiles<T, D>& shared, Attended<D>& result) {
   const ColumnTile& tile = shared.state->tile;
   const float factor = Scores(p.softmax).factor;
   const int lane = ptx::lane();
@@ -254,8 +258,8 @@ DELTAMEM_DEVICE void store_results(const DeltaAttentionParams& p, bool aligned, 
 // p.attention.k and v: the call's own, or the cache. Two blocks to a multiprocessor, or three.
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2)
-    delta_attention_kernel(const __grid_constant__ DeltaAttentionCacheParams p, const __grid_constant__ Cut cut,
-                           const __grid_constant__ Alignment aligned) {
+    delta_attention_kernel(const __grid_constant__ DeltaAttentionCacheParams p,
+                           const __grid_constant__ Cut cut, const __grid_constant__ Alignment aligned) {
   const DeltaAttentionParams& a = p.attention;
   const ForwardTiles<T, D> shared(Carver::of_block());
   const BlockState<T>& state = *shared.state;

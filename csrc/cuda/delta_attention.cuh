@@ -2,8 +2,8 @@
 // shared memory, and the products of a warp.
 //
 // A query column is one query head of one token; the columns of a kv head stand in the order of tokens, then
-// heads: column m is query m / G and head m % G of the group. So a group shares its K and V in one tile, and a
-// tile of a few tokens is full all the same. Tiles start at multiples of their size within a row, blocks of
+// heads: column m is query m / G and head m % G of the group. So a group shares its K and V in one tile, and
+// a tile of a few tokens is full all the same. Tiles start at multiples of their size within a row, blocks of
 // keys at multiples of kKeys: a column's sums, and their bits, are its own.
 #pragma once
 
@@ -41,8 +41,8 @@ struct Window {
   }
 };
 
-// A tile of columns of one kv head of one row, and the slots that hold the row's keys. In tiles of keys, group
-// is 1 and column m is token m.
+// A tile of columns of one kv head of one row, and the slots that hold the row's keys. In tiles of keys,
+// group is 1 and column m is token m.
 struct ColumnTile {
   int64_t batch, start;  // column m: token start + m / group of `batch`, head kv_head * group + m % group
   int row, kv_head, group;
@@ -147,7 +147,8 @@ DELTAMEM_DEVICE int2 seen_from(const Window& window, const ColumnTile& tile, int
 // Of a column of the call: nothing where it is no query, or masked.
 DELTAMEM_DEVICE int2 seen_by_column(const Rows& rows, bool masks_queries, const Window& window,
                                     const ColumnTile& tile, int column) {
-  if (column >= tile.live || (masks_queries && is_masked(rows, tile.batch, tile.token(column)))) return {0, 0};
+  if (column >= tile.live || (masks_queries && is_masked(rows, tile.batch, tile.token(column))))
+    return {0, 0};
   return seen_from(window, tile, tile.first_slot + column / tile.group);
 }
 
@@ -195,14 +196,6 @@ inline bool has_aligned_rows(const Tensor& t) {
   return aligned;
 }
 
-// One chunk of 8 numbers, zeros without a source.
-template <class T>
-DELTAMEM_DEVICE void copy_chunk(T* target, const T* source, bool aligned) {
-  if (aligned) return ptx::cp_async(target, source, source != nullptr);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) target[i] = source == nullptr ? ptx::from_float<T>(0.0f) : source[i];
-}
-
 template <class T>
 DELTAMEM_DEVICE const T* shuffled(const T* p, int source_lane) {
   const uint64_t x = reinterpret_cast<uintptr_t>(p);
@@ -216,14 +209,26 @@ DELTAMEM_DEVICE const T* shuffled(const T* p, int source_lane) {
 template <bool kLookUp, class T, int D, class RowAt>
 DELTAMEM_DEVICE void load_rows(Tile<T, D> tile, bool aligned, RowAt&& row_at) {
   constexpr int kLanes = D / 8, kRows = 32 / kLanes;  // lanes of a row, rows of a pass
-  const int first = ptx::warp() * 16, lane = ptx::lane();
+  const int first = ptx::warp() * 16 + ptx::lane() / kLanes, c = ptx::lane() % kLanes;
   const T* own = nullptr;
-  if (kLookUp) own = row_at(first + lane % 16);
+  if (kLookUp) own = row_at(ptx::warp() * 16 + ptx::lane() % 16);
+  const auto source_of = [&](int i) {
+    const T* row = kLookUp ? shuffled(own, i + ptx::lane() / kLanes) : row_at(first + i);
+    return row == nullptr ? nullptr : row + c * 8;
+  };
+  if (aligned) {
 #pragma unroll
-  for (int i = 0; i < 16; i += kRows) {
-    const int row = first + i + lane / kLanes, c = lane % kLanes;
-    const T* source = kLookUp ? shuffled(own, i + lane / kLanes) : row_at(row);
-    copy_chunk(tile.chunk(row, c), source == nullptr ? nullptr : source + c * 8, aligned);
+    for (int i = 0; i < 16; i += kRows) {
+      const T* source = source_of(i);
+      ptx::cp_async(tile.chunk(first + i, c), source, source != nullptr);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = 0; i < 16; i += kRows) {
+      const T* source = source_of(i);
+      T* target = tile.chunk(first + i, c);
+      for (int j = 0; j < 8; ++j) target[j] = source == nullptr ? ptx::from_float<T>(0.0f) : source[j];
+    }
   }
 }
 
@@ -261,7 +266,7 @@ DELTAMEM_DEVICE void accumulate(float (&out)[kM][D / 8][4], const float (&s)[kM]
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float(&x)[4] = s[m][2 * j + i / 2];
+        const float (&x)[4] = s[m][2 * j + i / 2];
         left[m][i] = ptx::pack<T>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
       }
     }
@@ -317,8 +322,8 @@ void dispatch_attention(const Tensor& q, const Call& call, F&& f) {
   const auto with_type = [&](auto type) {
     if (D == 64) return f(type, std::integral_constant<int, 64>());
     if (D == 128) return f(type, std::integral_constant<int, 128>());
-    throw Failure(std::string("deltamem_kernels: ") + call.op + ": q must have a head size of 64 or 128, got " +
-                  std::to_string(D));
+    throw Failure(std::string("deltamem_kernels: ") + call.op +
+                  ": q must have a head size of 64 or 128, got " + std::to_string(D));
   };
   if (q.dtype == DType::bf16) return with_type(bf16());
   if (q.dtype == DType::f16) return with_type(f16());

@@ -129,7 +129,8 @@ DELTAMEM_DEVICE void prepare_rows(const DeltaAttentionParams& p, const ColumnTil
     const int query = (tile.first + row[b]) / tile.group;
     const int64_t token = tile.start + query;
     // a query before slot 0 sees nothing, yet its rotation must be a row of the table
-    place[b] = {tile.batch, token, position_of(p.rotary, tile.batch, token, greater(0, tile.first_slot + query))};
+    place[b] = {tile.batch, token,
+                position_of(p.rotary, tile.batch, token, greater(0, tile.first_slot + query))};
   }
   if (p.on_q.delta) Rows::correct(p, head, place, y);
   if (p.on_q.norm) Rows::normalize(p.on_q.norm, p.norm_eps, y);

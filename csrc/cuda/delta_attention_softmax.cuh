@@ -10,8 +10,8 @@ inline constexpr int kFragments = 2;  // of 16 rows, of a warp of the forward ke
 
 // How products become exponents of 2.
 struct Scores {
-  float factor;      // 2^(factor score); never negative, the sign of the scale is in q
-  float cap, bend;   // score = cap tanh(bend product), where cap > 0
+  float factor;     // 2^(factor score); never negative, the sign of the scale is in q
+  float cap, bend;  // score = cap tanh(bend product), where cap > 0
 
   DELTAMEM_HD explicit Scores(const Softmax& softmax) : cap(softmax.softcap) {
     const float scale = softmax.scale < 0 ? -softmax.scale : softmax.scale;
