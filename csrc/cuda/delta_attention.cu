@@ -40,14 +40,14 @@ template <class T, int D>
 struct ForwardTiles {
   Tile<T, D> q;     // [kColumns, D]
   Tile<T, D> ring;  // kRing times [kKeys, D]
-  int2* seen;       // [kColumns] slots that a column sees
+  int* slots;       // [kColumns], kNoSlot where a column is no query
   BlockState<T>* state;
   size_t bytes;
 
   DELTAMEM_HD explicit ForwardTiles(Carver carver)
       : q{carver.take<T, 128>(kColumns * D)},
         ring{carver.take<T, 128>(kRing * kKeys * D)},
-        seen(carver.take<int2>(kColumns)),
+        slots(carver.take<int>(kColumns)),
         state(carver.take<BlockState<T>>(1)),
         bytes(carver.used()) {}
 
@@ -131,14 +131,13 @@ DELTAMEM_DEVICE void load_queries(const DeltaAttentionCacheParams& p, bool align
   const Tensor& q = p.attention.q;
   const ColumnTile& tile = shared.state->tile;
   const int own = own_row(ptx::lane() / 16, ptx::lane() % 16);
-  shared.seen[own] =
-      seen_by_column(p.attention.rows, !is_cached(p), Window(p.attention.softmax), tile, tile.first + own);
+  shared.slots[own] = slot_of_column(p.attention.rows, !is_cached(p), tile, tile.first + own);
   ptx::sync_warp();
 #pragma unroll
   for (int m = 0; m < kFragments; ++m) {
     load_rows<true>(Tile<T, D>{shared.q.data + m * 64 * D}, aligned, [&](int i) -> const T* {
       const int row = m * 64 + i, column = tile.first + row;
-      if (shared.seen[row].x >= shared.seen[row].y) return nullptr;
+      if (shared.slots[row] == kNoSlot) return nullptr;
       return tile.row_of<T>(q, column);
     });
   }
@@ -149,10 +148,10 @@ template <class T, int D>
 DELTAMEM_DEVICE void prepare_queries(const DeltaAttentionParams& p, const ForwardTiles<T, D>& shared) {
   const ColumnTile& tile = shared.state->tile;
   const int own = own_row(ptx::lane() / 16, ptx::lane() % 16);
-  const bool sees = shared.seen[own].x < shared.seen[own].y;
+  const bool is_query = shared.slots[own] != kNoSlot;
 #pragma unroll 1
   for (int g = 0; g < tile.group; ++g) {
-    uint32_t rest = ptx::ballot(sees && (tile.first + own) % tile.group == g);
+    uint32_t rest = ptx::ballot(is_query && (tile.first + own) % tile.group == g);
 #pragma unroll 1
     while (rest != 0) {
       int row[kBatch], lane = 0;
@@ -191,13 +190,14 @@ DELTAMEM_DEVICE void attend(const DeltaAttentionCacheParams& p, const Alignment&
     multiply(s, shared.q, own_row(0, 0), 64, shared.stage(stage));
     if (scores.cap > 0) cap_scores(s, scores.cap, scores.bend);
     if (first < state.seen.all.x || next > state.seen.all.y || masks_keys(p)) {
+      const Window window(a.softmax);
       const uint64_t shown = bits_of_keys(p, state, first);
 #pragma unroll
       for (int m = 0; m < kFragments; ++m) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int2 seen = shared.seen[own_row(m, ptx::lane() / 4 + 8 * h)];
-          hide(s[m], h, shown & bits_of_range(seen, first));
+          const int slot = shared.slots[own_row(m, ptx::lane() / 4 + 8 * h)];
+          hide(s[m], h, shown & bits_of_range(seen_from(window, state.tile, slot), first));
         }
       }
     }
@@ -229,7 +229,7 @@ DELTAMEM_DEVICE void store_results(const DeltaAttentionParams& p, bool aligned,
     for (int h = 0; h < 2; ++h) {
       const int row = own_row(m, lane / 4 + 8 * h), column = tile.first + row;
       const float sum = sum_of_quad(result.sum[m][h]);
-      const bool sees = shared.seen[row].x < shared.seen[row].y && sum != 0.0f;
+      const bool sees = shared.slots[row] != kNoSlot && sum != 0.0f;
       const float inverse = sees ? 1.0f / sum : 0.0f;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {

@@ -21,6 +21,7 @@ namespace deltamem::cuda {
 inline constexpr int kKeys = 64;      // of a tile of keys; rows of every tile that load_rows fills
 inline constexpr int kThreads = 128;  // four warps, 16 rows of a tile each
 inline constexpr int kUnbounded = 1 << 30;
+inline constexpr int kNoSlot = -(1 << 30) - 1;
 inline constexpr float kLog2E = 1.44269504f, kLn2 = 0.69314718f;
 
 DELTAMEM_HD int lesser(int a, int b) { return a < b ? a : b; }
@@ -140,16 +141,16 @@ struct Cut {
 
 // Slots [begin, end) that a query at `slot` sees, none where end <= begin.
 DELTAMEM_DEVICE int2 seen_from(const Window& window, const ColumnTile& tile, int slot) {
+  if (slot == kNoSlot) return {0, 0};
   return {greater(static_cast<int>(tile.keys.begin), slot - window.left),
           lesser(static_cast<int>(tile.keys.end), slot + window.right + 1)};
 }
 
-// Of a column of the call: nothing where it is no query, or masked.
-DELTAMEM_DEVICE int2 seen_by_column(const Rows& rows, bool masks_queries, const Window& window,
-                                    const ColumnTile& tile, int column) {
+// kNoSlot where a column is no query, or masked.
+DELTAMEM_DEVICE int slot_of_column(const Rows& rows, bool masks_queries, const ColumnTile& tile, int column) {
   if (column >= tile.live || (masks_queries && is_masked(rows, tile.batch, tile.token(column))))
-    return {0, 0};
-  return seen_from(window, tile, tile.first_slot + column / tile.group);
+    return kNoSlot;
+  return tile.first_slot + column / tile.group;
 }
 
 // What the queries of columns [first, first + count) see: any of them, and all of them (of those that are

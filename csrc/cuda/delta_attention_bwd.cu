@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int h = 0; h < 2; ++h) {
     const int column = tile.first + own_row(ptx::lane() / 4 + 8 * h);
     known[h] = statistic_of(statistics, p.q.size[1], p.q.size[2], tile, column);
-    own[h] = seen_by_column(p.rows, true, window, tile, column);
+    own[h] = seen_from(window, tile, slot_of_column(p.rows, true, tile, column));
   }
 
   float dq[1][D / 8][4] = {};
