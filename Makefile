@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test emulated static lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-bench clean
+.PHONY: demo test emulated emulate-sanitize static static-cuda static-triton lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck gpu-bench clean
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
@@ -34,12 +34,32 @@ test: lint emulated
 # The CUDA kernels compiled for the CPU, which tests load where no CUDA device is.
 EMULATED := build/emulated
 emulated: $(VENV)/installed
-	$(BIN)/cmake -S tests/emulation -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	$(BIN)/cmake -S tests/emulation -B $(EMULATED) -G Ninja $(EMULATION_OPTIONS) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) >/dev/null
-	$(BIN)/cmake --build $(EMULATED)
+	$(BIN)/cmake --build $(EMULATED) $(EMULATION_TARGET)
 
-static: $(VENV)/installed
-	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py
+# The CUDA backend's tests over emulated kernels with AddressSanitizer and UndefinedBehaviorSanitizer, under another
+# order of threads than theirs. (ThreadSanitizer, which cannot share a build with them, is part of `make test`.)
+SCHEDULE ?= random:1
+emulate-sanitize: emulated
+	$(BIN)/cmake --build $(EMULATED) --target sanitized
+	cd tests && DELTAMEM_EMULATED=$(CURDIR)/$(EMULATED)/sanitized DELTAMEM_EMULATION_SCHEDULE=$(SCHEDULE) \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  ../$(BIN)/pytest -k "cuda and not compile" .
+
+# Without a GPU. CUDA: the launches of its tests, with shared memory as a GPU has it, then every kernel compiled for every
+# GPU. Triton: every configuration that its launchers pick, for every GPU.
+static: static-cuda static-triton
+LAUNCHES := $(CURDIR)/build/launches
+static-cuda: $(VENV)/installed
+	$(MAKE) emulated EMULATED=$(LAUNCHES) EMULATION_OPTIONS='-DDELTAMEM_RED_ZONE=0' EMULATION_TARGET='--target _cuda'
+	rm -f $(LAUNCHES)/log
+	cd tests && DELTAMEM_EMULATED=$(LAUNCHES) DELTAMEM_EMULATION_LAUNCHES=$(LAUNCHES)/log \
+	  ../$(BIN)/pytest -k "cuda and not compile" test_delta_*.py test_chain.py
+	cd tests && ../$(BIN)/python cuda_resources.py --launches $(LAUNCHES)/log --output ../bench/results/cuda-resources.txt
+static-triton: $(VENV)/installed
+	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py --summary ../bench/results/triton-lowering.txt
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -73,33 +93,38 @@ bench: $(VENV)/installed
 GPU_PYTHON ?= python3
 GPU_BUILD := $(CURDIR)/build/gpu
 GPU_RUN = PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 $(GPU_PYTHON)
-GPU_NAME = $(shell nvidia-smi --query-gpu=name --format=csv,noheader --id=0 | tr 'A-Z ' 'a-z-')
+GPU_QUERY = $(shell nvidia-smi --query-gpu=$(1) --format=csv,noheader --id=0)
+GPU_NAME = $(shell echo '$(call GPU_QUERY,name)' | tr 'A-Z ' 'a-z-')
+# CUDA kernels are built for this GPU alone
+GPU_ARCH ?= $(patsubst 90,90a,$(subst .,,$(call GPU_QUERY,compute_cap)))
 # a test compiles kernels most of its time: processes share that where pytest-xdist is
 PYTEST_ARGS ?= $(shell $(GPU_PYTHON) -c "import xdist; print('-n 12 --dist worksteal')" 2>/dev/null)
 GPU_TESTS ?= .
 SANITIZER ?= compute-sanitizer
 
 gpu:
-	$(MAKE) -k gpu-test gpu-memcheck gpu-racecheck gpu-bench
+	$(MAKE) -k gpu-test gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck gpu-bench
 
 $(GPU_BUILD)/installed: $(SOURCES)
 	$(GPU_PYTHON) -c "import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__)"
 	rm -rf $(GPU_BUILD)
-	$(GPU_PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
+	DELTAMEM_CUDA=1 DELTAMEM_CUDA_ARCHS=$(GPU_ARCH) \
+	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
 	touch $@
 
 gpu-test: $(GPU_BUILD)/installed
-	cd tests && DELTAMEM_TEST_BACKENDS=reference,cpu,triton $(GPU_RUN) -m pytest -m gpu --durations=8 $(PYTEST_ARGS) $(GPU_TESTS)
+	cd tests && DELTAMEM_TEST_BACKENDS=reference,cpu,triton,cuda \
+	  $(GPU_RUN) -m pytest -m gpu --durations=8 $(PYTEST_ARGS) $(GPU_TESTS)
 
-# Every allocation its own, so that an access behind a tensor is an access behind an allocation.
-SANITIZED_TESTS := test_gpu.py -k "public_api and triton"
-gpu-memcheck: $(GPU_BUILD)/installed
-	cd tests && PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 \
-	  $(SANITIZER) --tool memcheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu $(SANITIZED_TESTS)
-
-gpu-racecheck: $(GPU_BUILD)/installed
-	cd tests && PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 \
-	  $(SANITIZER) --tool racecheck --error-exitcode 9 $(GPU_PYTHON) -m pytest -m gpu $(SANITIZED_TESTS)
+# For memcheck every allocation is its own, so that an access behind a tensor is an access behind an allocation. The checks
+# of barriers and of uninitialised memory are for the CUDA kernels: Triton writes neither by hand.
+gpu-memcheck: CHECKED := (triton or cuda)
+gpu-memcheck: export PYTORCH_NO_CUDA_MEMORY_CACHING := 1
+gpu-racecheck: CHECKED := (triton or cuda)
+gpu-synccheck gpu-initcheck: CHECKED := cuda
+gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck: gpu-%: $(GPU_BUILD)/installed
+	cd tests && PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 $(SANITIZER) --tool $* --error-exitcode 9 \
+	  $(GPU_PYTHON) -m pytest -m gpu test_gpu.py -k "public_api and $(CHECKED)"
 
 GPU_OPTIONS_decode := --batches 1 4 16
 GPU_OPTIONS_prefill := --tokens 2048 8192 32768

@@ -10,8 +10,9 @@ from functools import partial
 import eager
 import timing
 import torch
+from library_engine import prepared_attention
 
-from deltamem_kernels import backends, fused, fused_delta_attention, ops
+from deltamem_kernels import backends, fused_delta_attention
 
 COLUMNS = {
     "T": 5,
@@ -40,20 +41,6 @@ def kernel_attention(backend, layer):
     return fused_delta_attention(layer["q"], layer["k"], layer["v"], backend=backend).out
 
 
-def chain(backend, attention, layer, memory):
-    """A torch attention behind this package's scan and prep."""
-    kernels = ops.OVERLOADS[backend]
-    given = eager.kernel_arguments(layer, memory)
-    reads = None
-    if memory:
-        tensors = fused.Memory(*(given.get(name) for name in fused.Memory._fields))
-        scan = fused.Scan("standard", True, True, True)
-        reads, _, _ = fused.scan_forward(kernels, tensors, scan, None, None, None, False)
-    plain = dict.fromkeys(fused.Corrections._fields) | {"norm_eps": eager.NORM_EPS, "rotary_interleaved": False}
-    fix = fused.Corrections(**plain | {name: x for name, x in given.items() if name in plain})
-    return attention(*fused.prepare(kernels, layer["q"], layer["k"], layer["v"], reads, fix, None))
-
-
 def check_attention(layer, dtype, backend) -> dict[str, str]:
     """Gate the bare attention, ours and every torch formulation. -> those of torch that failed, and why."""
     q, k, v = (layer[name] for name in "qkv")
@@ -78,7 +65,8 @@ def check_layer(layer, dtype, backend, attention) -> None:
         result = kernel(backend, layer, memory)
         name = f"{'with' if memory else 'without'} memory"
         timing.gate(f"fused_delta_attention {name}: out", result.out, want, allowed)
-        timing.gate(f"prep and torch attention {name}: out", chain(backend, attention, layer, memory), want, allowed)
+        out, _ = prepared_attention(backend, attention, layer, memory)
+        timing.gate(f"prep and torch attention {name}: out", out, want, allowed)
         if memory:
             timing.gate(f"fused_delta_attention {name}: reads", result.reads, want_reads, 1e-5)
 
@@ -104,8 +92,8 @@ def run_length(layer, dtype, device, backend, ceilings, seconds) -> tuple[dict, 
     cases = {
         "torch attention": each(lambda copy: attention(*(copy[x] for x in "qkv"))),
         "kernel attention": each(partial(kernel_attention, backend)),
-        "prep + torch attention": each(partial(chain, backend, attention), False),
-        "scan + prep + torch attention": each(partial(chain, backend, attention), True),
+        "prep + torch attention": each(partial(prepared_attention, backend, attention), False),
+        "scan + prep + torch attention": each(partial(prepared_attention, backend, attention), True),
         "kernel, no memory": each(partial(kernel, backend), False),
         "kernel, delta-mem": each(partial(kernel, backend), True),
     }

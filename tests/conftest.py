@@ -36,6 +36,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         elif not ON_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if not ON_GPU and any(item.path.name.startswith("test_triton_delta_") for item in items):
+        import interpreter
+
+        interpreter.as_a_gpu()
 
 
 def pytest_runtest_setup(item):

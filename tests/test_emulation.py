@@ -14,20 +14,25 @@ CUDA_SOURCES = sorted((Path(__file__).parent.parent / "csrc" / "cuda").iterdir()
 built = pytest.mark.skipif(not (emulated.FOLDER / "planted_plain").exists(), reason="needs make emulated")
 
 
-def run_planted(build, plant, schedule="order", **environment):
-    """The exit status and all that is printed; 0: the result is right."""
+def run(program, argument, schedule="order", **environment):
+    """The exit status and all that is printed."""
     sanitizers = {
         "ASAN_OPTIONS": "detect_leaks=0",  # a grid that ends by an error keeps what its threads held
         "UBSAN_OPTIONS": "halt_on_error=1",
         "TSAN_OPTIONS": "halt_on_error=1 exitcode=66",
     }
     done = subprocess.run(
-        [emulated.FOLDER / f"planted_{build}", plant],
+        [emulated.FOLDER / program, argument],
         env=os.environ | sanitizers | {"DELTAMEM_EMULATION_SCHEDULE": schedule} | environment,
         capture_output=True,
         text=True,
     )
     return done.returncode, done.stdout + done.stderr
+
+
+def run_planted(build, *arguments, **environment):
+    """0: the result is right; 1: a rule is broken; 2: the result is wrong."""
+    return run(f"planted_{build}", *arguments, **environment)
 
 
 @built
@@ -129,6 +134,33 @@ def test_limits_of_the_device():
     assert "a block has at most 4096 bytes of shared memory, got " in text
     _, text = run_planted("plain", "none", "backwards")
     assert "DELTAMEM_EMULATION_SCHEDULE must be order, random:N or priority:N" in text
+
+
+# ---- the package's own kernels ---------------------------------------------------------------------------
+
+OPS = (
+    "delta_scan_fwd",
+    "delta_scan_bwd",
+    "delta_scan_with_state_pool",
+    "delta_prep_fwd",
+    "delta_prep_bwd",
+    "delta_prep_with_kvcache",
+    "delta_attention_fwd",
+    "delta_attention_bwd",
+    "delta_attention_with_kvcache",
+    "delta_decode",
+    "delta_decode_of_3_tokens_in_2_splits",
+    "delta_output_fwd",
+    "delta_output_bwd",
+)
+
+
+@built
+@pytest.mark.parametrize("schedule", ["order", "random:1", "priority:1"])
+@pytest.mark.parametrize("op", OPS)
+def test_ops_do_not_race(op, schedule):
+    """The op, twice, under TSan: no race, no broken rule, counters zero again."""
+    assert run("races", op, schedule) == (0, "")
 
 
 # ---- what kernels may not name ---------------------------------------------------------------------------

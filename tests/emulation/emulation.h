@@ -144,6 +144,8 @@ T load_shared_by_blocks(const T* p) {
   return *p;
 }
 
+inline void prefetch(const void*) {}
+
 // ---- asynchronous copies into shared memory --------------------------------------------------------------
 
 inline uint32_t shared_address(const void* p) {

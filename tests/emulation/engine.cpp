@@ -191,6 +191,20 @@ void poison(void* behind_array, int bytes) {
 
 void wait_for_previous_kernel() { run->waited_for_previous_kernel = true; }
 
+namespace {
+
+// A line for each launch, in the file that DELTAMEM_EMULATION_LAUNCHES names.
+void log_launch(const Grid& grid) {
+  const char* path = getenv("DELTAMEM_EMULATION_LAUNCHES");
+  if (path == nullptr) return;
+  FILE* log = fopen(path, "a");
+  if (log == nullptr) return;
+  fprintf(log, "%d %zu %s\n", grid.threads, grid.shared_bytes, grid.kernel);
+  fclose(log);
+}
+
+}  // namespace
+
 const char* launch(const Grid& grid) {
   static std::mutex one_at_a_time;
   thread_local std::string error;
@@ -200,6 +214,7 @@ const char* launch(const Grid& grid) {
     fprintf(stderr, "emulation: %s, schedule %s\n", run->place(run->thread()).c_str(),
             run->schedule().c_str());
   });
+  log_launch(grid);
   Run this_run(grid);
   run = &this_run;
   error = this_run.finish_grid();

@@ -75,10 +75,14 @@ std::string Run::finish_grid() {
     caller_.switch_to(thread->fiber);
     acquire(&ended);
     for (size_t i = resident_.size(); i-- > 0;) {
-      if (resident_[i]->live_warps == 0) retire(i);
+      if (resident_[i]->live_warps > 0) continue;
+      ended_.push_back(resident_[i]);
+      resident_.erase(resident_.begin() + static_cast<ptrdiff_t>(i));
     }
+    if (!kRaces) retire();
   }
-  while (!resident_.empty()) retire(resident_.size() - 1);
+  ended_.insert(ended_.end(), resident_.begin(), resident_.end());
+  retire();
   caller_.destroy();
   if (error_.empty() && grid_.overlaps_previous && !waited_for_previous_kernel) {
     error_ = "it overlaps the previous kernel and never calls wait_for_previous_kernel";
@@ -88,7 +92,7 @@ std::string Run::finish_grid() {
 }
 
 int64_t Run::residency() const {
-  if (kRaces) return INT64_MAX;  // a stack that is used again would order its threads
+  if (kRaces) return INT64_MAX;  // a stack that is used again would be a race, or order its threads
   const int64_t by_threads = kThreadsPerMultiprocessor / grid_.threads;
   const int64_t by_memory =
       shared_memory_per_multiprocessor() / static_cast<int64_t>(grid_.shared_bytes + 1024);
@@ -114,25 +118,26 @@ void Run::admit() {
   }
 }
 
-void Run::retire(size_t i) {
-  Block* block = resident_[i];
-  resident_.erase(resident_.begin() + static_cast<ptrdiff_t>(i));
-  if (last_ != nullptr && last_->block == block) last_ = nullptr;
-  if (kRaces && !error_.empty()) return;  // threads that are given up race with who frees their memory
-  for (const char* zone : block->red_zones) {
-    unpoison_memory(zone, kRedZone);
-    for (int j = 0; j < kRedZone && error_.empty(); ++j) {
-      if (static_cast<unsigned char>(zone[j]) == 0xff) continue;
-      error_ = "something was stored behind an array, at byte " +
-               std::to_string(zone + j - block->shared_memory) + " of the shared memory of block " +
-               std::to_string(block->index);
+void Run::retire() {
+  for (Block* block : ended_) {
+    if (last_ != nullptr && last_->block == block) last_ = nullptr;
+    if (kRaces && !error_.empty()) continue;  // threads that are given up race with who frees their memory
+    for (const char* zone : block->red_zones) {
+      unpoison_memory(zone, kRedZone);
+      for (int j = 0; j < kRedZone && error_.empty(); ++j) {
+        if (static_cast<unsigned char>(zone[j]) == 0xff) continue;
+        error_ = "something was stored behind an array, at byte " +
+                 std::to_string(zone + j - block->shared_memory) + " of the shared memory of block " +
+                 std::to_string(block->index);
+      }
     }
+    free(block->shared_memory);
+    for (auto& warp : block->warps) {
+      for (Thread& thread : warp->threads) thread.fiber.destroy();
+    }
+    delete block;
   }
-  free(block->shared_memory);
-  for (auto& warp : block->warps) {
-    for (Thread& thread : warp->threads) thread.fiber.destroy();
-  }
-  delete block;
+  ended_.clear();
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------
