@@ -1,6 +1,7 @@
 """Attention kernels against the reference in fp64. Allowed error: twice that of eager attention in the same dtype, on
 the same prepared q, plus one rounding unit of the result."""
 
+import itertools
 import math
 
 import pytest
@@ -22,12 +23,13 @@ NAN = float("nan")
 
 def cases(dtypes, choices, cuda_choices):
     """Parameters (backend, dtype, choice). The CUDA kernels take heads of 64 and 128; emulated, few tokens."""
+    found = []
     for backend in BACKENDS:
         its_dtypes, its_choices = (HALVES, cuda_choices) if backend is CUDA else (dtypes, choices)
         name, marks = (backend, ()) if isinstance(backend, str) else (*backend.values, backend.marks)
-        for dtype in its_dtypes:
-            for choice in its_choices:
-                yield pytest.param(name, dtype, choice, marks=marks, id=f"{name}-{str(dtype)[6:]}-{choice}")
+        for dtype, choice in itertools.product(its_dtypes, its_choices):
+            found.append(pytest.param(name, dtype, choice, marks=marks, id=f"{name}-{str(dtype)[6:]}-{choice}"))
+    return found
 
 
 def sized(backend, T, HQ, HKV, D, dtype=torch.float32):
