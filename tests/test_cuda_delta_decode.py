@@ -24,9 +24,7 @@ def rows(case, order):
     """The same call over some of its rows."""
     paged = case["block_table"] is not None
     kept = {"k_cache", "v_cache"} if paged else set()
-    return case | {
-        name: x[order] for name, x in case.items() if name in BY_ROW and x is not None and name not in kept
-    }
+    return case | {name: x[order] for name, x in case.items() if name in BY_ROW and x is not None and name not in kept}
 
 
 # ---- shapes ---------------------------------------------------------------------------------------------------
@@ -140,7 +138,9 @@ def test_every_state_argument(backend, num_splits, monkeypatch):
         check(case | {"output_state_indices": targets}, backend, monkeypatch)
     per_token = torch.tensor([[free[0], free[1], source[0]], [-1, -1, source[1]], [free[2], -1, -1], [-1, free[3], -1]])
     check(case | {"output_state_indices": per_token.int()}, backend, monkeypatch)
-    check(case | {"write": False, "has_initial_state": None, "state_pool": torch.randn(8, 2, 8, 8)}, backend, monkeypatch)
+    check(
+        case | {"write": False, "has_initial_state": None, "state_pool": torch.randn(8, 2, 8, 8)}, backend, monkeypatch
+    )
 
 
 def test_rows_may_use_the_slots_of_their_numbers(backend, monkeypatch):
