@@ -118,7 +118,15 @@ $(GPU_BUILD)/installed: $(SOURCES)
 	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
 	touch $@
 
-gpu-test: $(GPU_BUILD)/installed
+# Each word of ptx.cuh by itself, for tests/test_ptx.py.
+PROBE_SOURCES := csrc/cuda/ptx.cuh csrc/cuda/shared_memory.cuh $(wildcard tests/emulation/probe*)
+$(GPU_BUILD)/probe: $(GPU_BUILD)/installed $(PROBE_SOURCES)
+	nvcc -std=c++20 -O3 -arch=native -Icsrc -Itests/emulation $$($(GPU_PYTHON) -m pybind11 --includes) \
+	  -cudart static -shared -Xcompiler -fPIC,-fvisibility=hidden $(filter %/probe.cu %/probe_module.cpp,$(PROBE_SOURCES)) \
+	  -o $(GPU_BUILD)/_probe$$($(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+	touch $@
+
+gpu-test: $(GPU_BUILD)/installed $(GPU_BUILD)/probe
 	cd tests && DELTAMEM_TEST_BACKENDS=reference,cpu,triton,cuda \
 	  $(GPU_RUN) -m pytest -m gpu --durations=8 $(PYTEST_ARGS) $(GPU_TESTS)
 

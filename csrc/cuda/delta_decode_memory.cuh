@@ -138,7 +138,7 @@ DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads) 
     const bool is_row = r < call.HR, speaks = is_row && ptx::lane() % kRowLanes == 0;
     const StepLoader loader(memory, h, i, R);
     float s[kPer] = {};
-    if (targets.is_loaded()) {
+    if (is_row && targets.is_loaded()) {
       const float* source = call.p.pool.state_pool.at<float>(targets.source(), h, i);
 #pragma unroll
       for (int n = 0; n < kPer; ++n) {

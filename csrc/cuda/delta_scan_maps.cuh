@@ -223,7 +223,7 @@ template <int kCount>
 DELTAMEM_DEVICE void load_start(const ScanArgs& p, const Segment& x, int row, int first, float (&s)[kCount]) {
   clear(s);
   const bool has_state =
-      p.start && !x.padding && row < p.plan.rank && (!p.has_start || *p.has_start.at<bool>(x.row));
+      p.start && x.exists && !x.padding && row < p.plan.rank && (!p.has_start || *p.has_start.at<bool>(x.row));
   if (!has_state) return;
   const int64_t slot = p.start_slots ? *p.start_slots.at<int32_t>(x.row) : x.row;
   load_channels(p.start, p.start.offset(slot, x.head, row), first, p.plan.rank, s);
