@@ -50,7 +50,7 @@ class ReplayLane {
     const int64_t stride = p_.reads.stride[1];
     float* reads = p_.reads.at<float>(x_.batch, token, x_.head) + row_;
     const bool reads_here = first_ == 0 && row_ < p_.plan.rank, write = p_.memory.write;
-    const bool per_token = p_.finish_slots && p_.finish_slots.ndim == 2;
+    const bool per_token = p_.finish_slots && p_.finish_slots.ndim == 2 && !x_.padding;
     int to_tape = p_.tape && !x_.padding ? (x_.begin + begin) % p_.tape_len : -1;
 #pragma unroll 2
     for (int t = 0; t < count; ++t, place += S::kPitch, reads += stride) {
