@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, model, prompt, capacity, static):
         import transformers
-        from generate_models import reset
+        from generate_models import cache_keyword, reset
 
         reset(model)
         self.model, self.prompt = model, prompt
@@ -43,13 +43,14 @@ class Run:
             self.cache = transformers.StaticCache(config=model.config, max_cache_len=capacity)
         else:
             self.cache = transformers.DynamicCache(config=model.config)
+        self.held = {cache_keyword(model.forward): self.cache}
         self.marks = []  # [start, end] of the prefill and of every step
         self.token = prompt
 
     def advance(self, times: int) -> None:
         start = self._mark()
         for _ in range(times):
-            result = self.model(self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            result = self.model(self.token, **self.held, use_cache=True, logits_to_keep=1)
             self.token = result.logits[:, -1:].argmax(-1)
             end = self._mark()
             self.marks.append((start, end))

@@ -1,9 +1,9 @@
 """Training through one attention layer: time and peak memory of forward with backward.
 
-Rows: the bare attention on tensors that are ready, in each torch formulation and ours; our layer without and with
-memory; the layer in eager torch, which loops over tokens for the memory. Gradients flow to every projection, norm
-weight and memory weight that a row uses. Peak memory includes the gradients. The GEMM rate is that of the causal half
-of attention's products, 2 forward and 5 backward.
+Rows: the bare attention on tensors that are ready, in each torch formulation and ours; this package's scan and prep in
+front of each of torch's; our layer without and with memory; the layer in eager torch, which loops over tokens for the
+memory. Gradients flow to every projection, norm weight and memory weight that a row uses. Peak memory includes the
+gradients. The GEMM rate is that of the causal half of attention's products, 2 forward and 5 backward.
 """
 
 from functools import partial
@@ -12,12 +12,13 @@ from typing import NamedTuple
 import eager
 import timing
 import torch
+from library_engine import prepared_attention
 
-from deltamem_kernels import fused_delta_attention
+from deltamem_kernels import backends, fused_delta_attention
 
 COLUMNS = {
     "T": 5,
-    "row": -38,
+    "row": -47,
     "fwd ms": 8,
     "fwd+bwd ms": 10,
     "ratio": 6,
@@ -30,7 +31,9 @@ COLUMNS = {
 FIXED = ("rotary_cos", "rotary_sin")
 MEMORY = ("mem_q", "mem_k", "mem_v", "beta", "beta_bias", "delta_q")
 BARE = ("q", "k", "v")
+TORCH, ENGINE = "torch attention: ", "scan + prep + torch: "  # and a formulation's name
 EAGER, KERNEL = "torch + eager delta-mem", "kernel, delta-mem"
+OWN = ("kernel attention", "kernel, no memory", KERNEL)
 
 
 class Row(NamedTuple):
@@ -76,18 +79,20 @@ def layer_rows(layer, dout, dreads, device, backend) -> dict[str, Row]:
     def chain(attention, memory):
         return lambda given: eager.prefill(given, attention, memory)[: 1 + memory]
 
+    def engine(attention):
+        return lambda given: prepared_attention(backend, attention, given, True)
+
     prepared = {name: layer[name] for name in BARE}
     frozen = {name: x for name, x in layer.items() if name not in MEMORY}
-    exact = bare(eager.causal_bmm)
+    exact, exact_layer = bare(eager.causal_bmm), chain(eager.causal_bmm, True)
+    formulations = eager.prefill_attention(device).items()
     return {
-        **{
-            f"torch attention: {name}": Row(bare(call), exact, prepared, (dout,))
-            for name, call in eager.prefill_attention(device).items()
-        },
+        **{TORCH + name: Row(bare(call), exact, prepared, (dout,)) for name, call in formulations},
+        **{ENGINE + name: Row(engine(call), exact_layer, layer, (dout, dreads)) for name, call in formulations},
         "kernel attention": Row(bare(kernel_attention), exact, prepared, (dout,)),
         "kernel, no memory": Row(kernel, chain(eager.causal_bmm, False), frozen, (dout,)),
-        KERNEL: Row(kernel, chain(eager.causal_bmm, True), layer, (dout, dreads)),
-        EAGER: Row(chain(eager.causal_sdpa, True), chain(eager.causal_bmm, True), layer, (dout, dreads)),
+        KERNEL: Row(kernel, exact_layer, layer, (dout, dreads)),
+        EAGER: Row(chain(eager.causal_sdpa, True), exact_layer, layer, (dout, dreads)),
     }
 
 
@@ -98,7 +103,7 @@ def usable(rows: dict[str, Row], dtype) -> tuple[dict[str, Row], dict[str, str]]
         try:
             check(name, row, dtype)
         except (timing.GateError, RuntimeError) as error:
-            if not name.startswith("torch attention"):
+            if not name.startswith((TORCH, ENGINE)):
                 raise
             failed[name] = str(error).splitlines()[0]
     return {name: row for name, row in rows.items() if name not in failed}, failed
@@ -123,7 +128,7 @@ def run_length(tokens, rows, flops, ceiling, dtype, device, seconds) -> list[dic
     found = []
     for name, row in rows.items():
         timed = times[name]
-        without = times["kernel, no memory"] if name == KERNEL else None
+        without = times[name.replace("delta-mem", "no memory")] if name.endswith(KERNEL) else None
         found.append(
             {
                 "T": tokens,
@@ -147,6 +152,7 @@ def run_length(tokens, rows, flops, ceiling, dtype, device, seconds) -> list[dic
 
 def main() -> None:
     options = timing.parser(__doc__, "bf16", seconds=4.0)
+    options.add_argument("--against", nargs="*", default=[], help="other backends to measure in the same run")
     options.add_argument("--tokens", nargs="+", type=int, default=[1024])
     options.add_argument("--geometry", default="32/8/128", help="HQ/HKV/D")
     options.add_argument("--batch", type=int, default=1)
@@ -162,7 +168,11 @@ def main() -> None:
         for tokens in bar:
             layer = eager.random_layer(options.batch, tokens, heads, kv_heads, dim, tokens, dtype, device)
             dout, dreads = torch.randn_like(layer["q"]), torch.randn(layer["mem_q"].shape, device=device)
-            rows = layer_rows(layer, dout, dreads, device, options.backend)
+            backend = backends.choose("fused_delta_attention", options.backend, layer["q"], layer["mem_q"].shape[-1])
+            rows = layer_rows(layer, dout, dreads, device, backend)
+            for other in options.against:
+                theirs = layer_rows(layer, dout, dreads, device, other)
+                rows |= {f"{other} {name}": theirs[name] for name in OWN}
             flops = 7 * options.batch * heads * tokens * tokens * dim
             measured = run_length(tokens, rows, flops, ceiling, dtype, device, options.seconds)
             for row in measured:

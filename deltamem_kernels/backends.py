@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import inspect
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -39,7 +41,8 @@ DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
 MAX_RANK = 64  # of every backend but the reference
 MAX_HEAD_SIZE = 256  # of Triton's attention: wider tiles do not fit a multiprocessor's shared memory
 CUDA_HEAD_SIZES = (64, 128)  # of the CUDA attention; decode also has 256
-CUDA_OLDEST = 80  # compute capability 8.0: mma of bf16, cp.async
+CUDA_OLDEST = 8  # compute capability's first number: mma of bf16, cp.async
+OLDEST_TRITON = "3.6"  # whose compiler and interpreter take our kernels
 
 
 def _has_module(name: str) -> bool:
@@ -49,9 +52,25 @@ def _has_module(name: str) -> bool:
         return False
 
 
+def _version_of(module: str) -> str | None:
+    """As its __init__.py writes it: distributions of Triton have several names, and to import it takes a second."""
+    origin = importlib.util.find_spec(module).origin
+    found = re.search(r"""^__version__ = ["'](.+)["']""", Path(origin).read_text(), re.MULTILINE) if origin else None
+    return found and found[1]
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
 def _missing(backend: str) -> str | None:
-    if backend == "triton" and not _has_module("triton"):
-        return "Triton is not installed (pip install 'triton>=3.6')"
+    if backend == "triton":
+        wanted = f"pip install 'triton>={OLDEST_TRITON}'"
+        if not _has_module("triton"):
+            return f"Triton is not installed ({wanted})"
+        version = _version_of("triton")
+        if version and _release(version) < _release(OLDEST_TRITON):
+            return f"Triton {version} ({wanted})"
     if backend == "cpu":
         try:
             importlib.import_module("deltamem_kernels._cpu")
@@ -76,6 +95,9 @@ def _why_no_cuda(error: ImportError) -> str:
 # backend -> why it cannot run on this installation and how to get it, or None
 MISSING = {backend: _missing(backend) for backend in ROOMS}
 
+# The CUDA module that tests load where no device is: its kernels run on the CPU.
+EMULATED = MISSING["cuda"] is None and importlib.import_module(NATIVE_MODULES["cuda"]).emulated
+
 # backend -> the ops that it has kernels for
 COVERED = {
     backend: {op for op in LAUNCHERS[backend] if _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")} for backend in ROOMS
@@ -87,7 +109,9 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
     if backend == "reference":
         return None
     if MISSING[backend]:
-        return RuntimeError(f"{function}: backend '{backend}' must be installed, got {MISSING[backend]}")
+        return RuntimeError(
+            f"{function}: backend '{backend}' must be installed, got {MISSING[backend]}; backend='reference' does it"
+        )
     for op in (*CHAINS[function][0], *CHAINS[function][1]):
         if op not in COVERED[backend]:
             return NotImplementedError(
@@ -95,7 +119,11 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
             )
     wanted = "cpu" if backend == "cpu" or _runs_on_cpu(backend) else "cuda"
     if x.device.type != wanted:
-        return ValueError(f"{function}: tensors must be on {wanted} for backend '{backend}', got {x.device.type}")
+        there = "cpu" if x.device.type == "cpu" and backend != "cpu" and not MISSING["cpu"] else "reference"
+        return ValueError(
+            f"{function}: tensors must be on {wanted} for backend '{backend}', got {x.device.type}; "
+            f"backend='{there}' does it there"
+        )
     if x.dtype == torch.float64:
         return NotImplementedError(f"{function}: float64 is covered by backend='reference' only, got '{backend}'")
     if R > MAX_RANK:
@@ -104,7 +132,8 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
         )
     if backend == "triton" and "attention" in function and x.shape[-1] > MAX_HEAD_SIZE:
         return NotImplementedError(
-            f"{function}: head sizes above {MAX_HEAD_SIZE} are not covered by backend 'triton', got {x.shape[-1]}"
+            f"{function}: head sizes above {MAX_HEAD_SIZE} are not covered by backend 'triton', got {x.shape[-1]}; "
+            "backend='reference' does it"
         )
     return _cuda_refusal(function, x) if backend == "cuda" else None
 
@@ -112,18 +141,18 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
 def _runs_on_cpu(backend: str) -> bool:
     """Whether a GPU backend's kernels are interpreted, or emulated, over CPU tensors in this process."""
     if backend == "cuda":
-        return importlib.import_module(NATIVE_MODULES["cuda"]).emulated
+        return EMULATED
     return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _cuda_refusal(function: str, x: torch.Tensor) -> Exception | None:
-    kernels = importlib.import_module(NATIVE_MODULES["cuda"])
-    found = kernels.compute_capability(x.device.index or 0)
-    if found < CUDA_OLDEST:
-        return NotImplementedError(
-            f"{function}: GPUs below compute capability {CUDA_OLDEST / 10} are not covered by backend 'cuda', "
-            f"got {found / 10}; backend='triton' may run there"
-        )
+    if not EMULATED:
+        device = torch.cuda.get_device_properties(x.device)
+        if device.major < CUDA_OLDEST:
+            return NotImplementedError(
+                f"{function}: GPUs of compute capability below {CUDA_OLDEST}.0 are not covered by backend 'cuda', "
+                f"got {device.major}.{device.minor}; backend='triton' may run there"
+            )
     if "attention" not in function:
         return None
     if x.dtype == torch.float32:

@@ -12,8 +12,8 @@ import emulated
 import pytest
 import torch
 
-# Triton looks when it is first imported, the package for its modules, too; cuBLAS when it is first used: eager baselines
-# must repeat.
+# Triton looks when it is first imported, the package when it looks for its modules, cuBLAS when it is first used: eager
+# baselines must repeat, too.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     emulated.load("deltamem_kernels._cuda", "_cuda")
@@ -36,6 +36,10 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
         elif not ON_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    if not ON_GPU and any(item.path.name.startswith("test_triton_delta_") for item in items):
+        import interpreter
+
+        interpreter.as_a_gpu()
 
 
 def pytest_runtest_setup(item):

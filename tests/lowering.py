@@ -2,10 +2,13 @@
 
 ``python lowering.py`` prints a table of every kernel and configuration that the launchers can pick, on every
 target, with what is wrong with it; ``--sample`` a few of each module, over all targets; ``--json`` as one JSON object
-per line. Arguments are parts of names: only configurations that contain one of them. Must run without TRITON_INTERPRET.
+per line; ``--summary FILE`` also writes a line per kernel and target. Arguments are parts of names: only
+configurations that contain one of them. Must run without TRITON_INTERPRET. TRITON_CACHE_DIR names a place for what is
+compiled: a second run then compiles what has changed.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import inspect
 import json
@@ -36,16 +39,10 @@ SHARED_LIMIT = {target: kib * 1024 for target, kib in SHARED_LIMIT.items()}
 EXACT = ("delta_scan", "delta_prep", "delta_output")
 PRODUCTS = ("delta_attention", "delta_decode")
 STREAMING = ("delta_prep", "delta_output")
-HALF, MAIN = re.compile(r" (bf16|fp16) "), re.compile(r"^(attention|decode|prep|replay_prep|output)_\w*kernel .*")
-# part of a name -> targets on which it may: addresses, which wait outside the loops over tiles
-MAY_SPILL: dict[str, tuple[str, ...]] = {
-    "attention_fwd_kernel bf16 D=128 packed": ("sm_80",),
-    "attention_fwd_kernel fp32 D=256": ("sm_80",),
-    "attention_bwd_dkdv_kernel bf16": ("sm_90",),
-    "attention_bwd_dkdv_kernel fp32 D=256": ("sm_80", "sm_86", "sm_89"),
-    "attention_bwd_dq_kernel bf16 D=128 packed": ("sm_100",),
-}
+HALF, MAIN = re.compile(r"^\w+ (bf16|fp16) "), re.compile(r"^(attention|decode|prep|output)_\w*kernel .*")
+SPIN = 32  # instructions: a shorter loop only waits for a barrier
 SAMPLE = 8  # configurations per module that a test run compiles
+COLUMNS = ("registers", "spills", "in loops", "shared", "warps")
 
 # what a table row counts in a kernel's assembly
 INSTRUCTIONS = {
@@ -102,20 +99,36 @@ def compiled(module, index, target):
 
 
 def _nvidia_usage(cubin, triton):
-    """Registers per thread and bytes of local memory (stack and spills) per thread."""
+    """Registers per thread, bytes of local memory (stack and spills) per thread, accesses to it in innermost loops."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+    def dump(option):
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spills": stack + local}
+        text = dump("-res-usage")
+        registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
+        hot = _local_in_loops(dump("-sass")) if stack + local else 0
+    return {"registers": registers, "spills": stack + local, "in loops": hot}
+
+
+def _local_in_loops(sass):
+    """Loads and stores of local memory inside the innermost loops, each of which ends in a branch back. Only there does
+    a spill cost; all of them where there is no loop."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
+    branches = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text))]
+    loops = {(first, last) for first, last in branches if last - first >= SPIN * 16}  # of 16 bytes each
+    inner = [x for x in loops if not any(x[0] <= y[0] and y[1] <= x[1] and x != y for y in loops)]
+    local = [at for at, text in code if re.search(r"\b(LDL|STL)\b", text)]
+    return sum(not inner or any(first <= at <= last for first, last in inner) for at in local)
 
 
 def _amd_usage(assembly):
-    """Vector registers per lane and those that spilled."""
+    """Vector registers per lane and those that spilled, wherever."""
     count, spilled = (int(re.search(rf"\.{word}:\s+(\d+)", assembly)[1]) for word in ("vgpr_count", "vgpr_spill_count"))
-    return {"registers": count, "spills": spilled}
+    return {"registers": count, "spills": spilled, "in loops": spilled}
 
 
 def faults(row):
@@ -129,8 +142,8 @@ def faults(row):
         row["name"],
         SHARED_LIMIT[row["target"]],
     )
-    if row["spills"] and not any(part in name and row["target"] in targets for part, targets in MAY_SPILL.items()):
-        yield f"spills {row['spills']}"
+    if row["in loops"]:
+        yield f"spills {row['spills']} bytes, used {row['in loops']} times in its innermost loops"
     if row["shared"] > limit:
         yield f"{row['shared']} bytes of shared memory, {row['target']} has {limit}"
     if row["tf32"] or row["atomic"]:
@@ -161,15 +174,27 @@ def jobs(sample, targets, wanted):
 
 
 def rows(sample=False, targets=tuple(TARGETS), wanted=(), processes=2):
-    """Table rows, compiled by a few processes with an empty cache."""
+    """Table rows, compiled by a few processes."""
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
             yield from pool.imap(_compiled, jobs(sample, targets, wanted), chunksize=1)
 
 
 def _compiled(job):
     return compiled(*job)
+
+
+def summary(found):
+    """A line per kernel and target: its configurations, those with faults, and what one of them takes at most."""
+    kernels = {}
+    for row in found:
+        kernels.setdefault((row["name"].split()[0], row["target"]), []).append(row)
+    yield f"{'kernel':30}{'target':8}" + "".join(f"{word:>11}" for word in ("count", "wrong", *COLUMNS[:-1]))
+    for (kernel, target), group in sorted(kernels.items()):
+        most = (max(row.get(column, 0) for row in group) for column in COLUMNS[:-1])
+        wrong = sum(any(faults(row)) for row in group)
+        yield f"{kernel:30}{target:8}" + "".join(f"{number:>11}" for number in (len(group), wrong, *most))
 
 
 def main():
@@ -179,25 +204,28 @@ def main():
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--target", action="append", choices=TARGETS)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--summary", type=Path)
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("lowering.py: TRITON_INTERPRET must be unset, got 1: interpreted kernels do not compile")
-    columns = ("registers", "spills", "shared", "warps", *INSTRUCTIONS)
+    columns = (*COLUMNS, *INSTRUCTIONS)
     if not args.json:
         print(f"{'kernel':78}{'target':8}", *(f"{column:>9}" for column in columns))
-    failed = 0
+    found = []
     for row in rows(args.sample, tuple(args.target or TARGETS), args.wanted, args.processes):
-        wrong = list(faults(row))
-        failed += bool(wrong)
+        found.append(row)
         if args.json:
             print(json.dumps(row), flush=True)
             continue
         if "error" not in row:
             figures = " ".join(f"{row[column]:>9}" for column in columns)
             print(f"{row['name']:78}{row['target']:8}", figures, flush=True)
-        for fault in wrong:
+        for fault in faults(row):
             print(f"{row['name']:78}{row['target']:8} WRONG: {fault}", flush=True)
-    sys.exit(failed > 0)
+    if args.summary:
+        version = importlib.metadata.version("triton")
+        args.summary.write_text("\n".join((f"Compiled by Triton {version} with no device.\n", *summary(found))) + "\n")
+    sys.exit(any(any(faults(row)) for row in found))
 
 
 if __name__ == "__main__":

@@ -226,6 +226,35 @@ def test_cold_import_without_triton_and_native_module(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
 
 
+OLD_TRITON = """
+import sys
+import torch
+for name in [n for n in sys.modules if n.split(".")[0] == "triton"]:
+    del sys.modules[name]
+sys.path.insert(0, ".")
+import deltamem_kernels as dk
+x = torch.randn(1, 3, 1, 4)
+try:
+    dk.delta_scan(x, x, x, x, backend="triton")
+except RuntimeError as error:
+    print(error, end="")
+assert "triton" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("version", ("3.5.1", "2.10.0+git0123"))
+def test_a_triton_too_old(version, tmp_path):
+    """Refused by its version, read and not imported."""
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(f"__version__ = '{version}'\nraise SystemExit('imported')\n")
+    done = subprocess.run([sys.executable, "-c", OLD_TRITON], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout == (
+        f"delta_scan: backend 'triton' must be installed, got Triton {version} (pip install 'triton>=3.6'); "
+        "backend='reference' does it"
+    )
+
+
 def test_import_is_light():
     """Importing the package loads no kernel module and no Triton."""
     code = (

@@ -32,6 +32,7 @@ CASES = {
     "narrow": {"hidden": 7, "R": 3, "rms": True},
     "one_channel": {"B": 1, "T": 1, "hidden": 1, "R": 1},
     "prefill_tile": {"B": 1, "T": 35, "hidden": 300, "rms": True, "R": 2},
+    "wide_prefill_tile": {"B": 1, "T": 35, "hidden": 150, "H": 3, "R": 4},
     "no_tokens": {"T": 0, "rms": True},
 }
 
@@ -41,6 +42,14 @@ def test_against_reference(case):
     args = output_args(**CASES[case])
     check_against_reference("delta_output_fwd", "triton", args)
     check_against_reference("delta_output_bwd", "triton", bwd_args(args))
+
+
+def test_bf16_rounds_to_nearest_even():
+    """Sums of two bf16, exact in fp32: only the rounding of the result counts, on a GPU and where tests interpret."""
+    args = output_args(B=1, T=8, hidden=256, dtype=BF16, residual=True)
+    args["delta_o"].zero_()
+    (got,) = call("delta_output_fwd", "triton", args)
+    assert same_bits(got, (args["attn_proj"].float() + args["residual"].float()).bfloat16())
 
 
 def test_chunks_of_tokens_add_up_in_order(monkeypatch):

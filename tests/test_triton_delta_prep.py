@@ -40,7 +40,7 @@ def test_chunks_of_tokens_add_up_in_order(monkeypatch):
     from deltamem_kernels.triton_ops import delta_prep_bwd
 
     monkeypatch.setattr(delta_prep_bwd, "CHUNK_TOKENS", 8)
-    monkeypatch.setattr(delta_prep_bwd, "NARROW_TILE", (16, 1))
+    monkeypatch.setattr(delta_prep_bwd, "WARP_TILE", 16)
     args = bwd_args(prep_args(**{**TINY, "B": 1, "T": 27, "D": 8}))
     first = check_against_reference("delta_prep_bwd", "triton", args)
     assert all(map(same_bits, first, call("delta_prep_bwd", "triton", args)))
@@ -109,7 +109,7 @@ def test_append(case):
         assert same_bits(got[~written], before[~written])
 
 
-# ---- with the scan's last pass as prologue -----------------------------------------------------------------
+# ---- with the scan -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -127,7 +127,6 @@ def launched(monkeypatch):
         "PACKED_TOKENS": 0,
     }.items():
         monkeypatch.setattr(scan_plan, name, value)
-    monkeypatch.setattr(scan_prep, "FULL_WARPS", 1)
     names = []
 
     class Recorded:
@@ -168,13 +167,19 @@ def check_joined(args):
 
 
 MAPS = ["segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
+BESIDE, APART = ["replay_beside_prep_kernel"], ["replay_kernel", "prep_kernel"]
+ALONE = ("v", "delta_k", "delta_v")  # absent where k does not wait for the reads
 JOINED = {
-    "rank_8": {"scan": {"R": 8, "T": 9, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1},
-    "rank_5": {"scan": {"R": 5, "mask": 0.3, "raw": True, "free": True, "T": 9, "segment_len": 2}, "interleaved": True},
-    "rank_16": {"scan": {"R": 16, "T": 5, "segment_len": 1, "gate": 1}, "HKV": 1, "tables": 3},
-    "states": {"scan": {"B": 2, "H": 2, "T": 13}, "absent": ("delta_v",), "positions": True},
-    "packed": {"scan": {"packed": (0, 2, 2, 12, 16), "T": 18, "mask": 0.2}},
-    "packed_beside": {"scan": {"packed": (0, 12)}, "absent": ("v", "delta_k", "delta_v")},
+    "rank_8": {"scan": {"R": 8, "T": 9, "segment_len": 2, "dtypes": (BF16,)}, "dtype": BF16, "HKV": 1, "absent": ALONE},
+    "rank_5": {
+        "scan": {"R": 5, "mask": 0.3, "raw": True, "free": True, "T": 9, "segment_len": 2},
+        "interleaved": True,
+        "absent": ALONE,
+    },
+    "rank_16": {"scan": {"R": 16, "T": 5, "segment_len": 1, "gate": 1}, "HKV": 1, "tables": 3, "absent": ALONE},
+    "states": {"scan": {"B": 2, "H": 2, "T": 13}, "absent": ALONE, "positions": True},
+    "packed": {"scan": {"packed": (0, 2, 2, 12, 16), "T": 18, "mask": 0.2}, "absent": ALONE},
+    "corrected": {"scan": {"packed": (0, 12), "T": 14}, "absent": ("delta_v",)},
     "values": {"absent": ("k", "delta_k", "k_norm_weight", *NO_ROTARY)},
 }
 
@@ -185,41 +190,43 @@ def test_joined_with_the_scan(case, launched):
     results = check_joined(args)
     waits = args["v"] is not None or args["delta_k"] is not None
     activation = ["activate_kernel"] if args["use_qk_activation_in_kernel"] else []
-    assert launched == [*activation, *MAPS, "replay_prep_kernel" if waits else "replay_beside_prep_kernel"]
+    assert launched == [*activation, *MAPS, *(APART if waits else BESIDE)]
     if args["cu_seqlens"] is not None:
         assert all((x[:, args["cu_seqlens"][-1] :] == 0).all() for x in results[3:] if x.numel())
 
 
 def test_joined_equals_scan_then_prep(launched):
-    """To the bit; and where a sequence is one segment that is what runs."""
-    args = joined_args()
+    """To the bit; and where k waits for its correction that is what runs."""
+    args = joined_args(absent=ALONE)
     scan = {name: x for name, x in args.items() if name in scan_args()}
     reads, final_state, tape = call("delta_scan_fwd", "triton", scan)
     prep = {**dict.fromkeys(("q", "k", "v", "reads", "delta_q", "delta_k", "delta_v", "q_norm_weight")), **args}
     prep = {name: prep[name] for name in prep_args()} | {"reads": reads}
-    _, k, v = call("delta_prep_fwd", "triton", prep)
+    _, k, _ = call("delta_prep_fwd", "triton", prep)
+    launched.clear()
     joined = check_joined(args)
-    assert all(map(same_bits, joined, (reads, final_state, tape, k, v)))
+    assert launched == [*MAPS, *BESIDE]
+    assert all(map(same_bits, joined, (reads, final_state, tape, k)))
     launched.clear()
     check_joined(joined_args({"T": 3, "segment_len": 4}))
-    assert launched == ["replay_kernel", "prep_kernel"]
+    assert launched == APART
 
 
 @pytest.mark.parametrize("corrected", (True, False))
 def test_joined_reads_one_state(corrected, launched):
-    args = joined_args({"T": 9, "segment_len": 2}, absent=() if corrected else ("v", "delta_k", "delta_v"))
+    args = joined_args({"T": 9, "segment_len": 2}, absent=() if corrected else ALONE)
     args |= {"write": False, "save_tape": False} | dict.fromkeys(("mem_k", "mem_v", "beta", "lam"))
     check_joined(args)
-    assert launched == ["replay_prep_kernel" if corrected else "replay_beside_prep_kernel"]
+    assert launched == (APART if corrected else BESIDE)
 
 
 @pytest.mark.parametrize("scan", ({"T": 1}, {"T": 70, "R": 2, "packed": (0, 4, 66)}), ids=("one_token", "two_tiles"))
 def test_joined_beside_whole_sequences(scan):
-    check_joined(joined_args(scan | {"segment_len": 0}, D=4, HKV=1, positions=True, absent=("v", "delta_k", "delta_v")))
+    check_joined(joined_args(scan | {"segment_len": 0}, D=4, HKV=1, positions=True, absent=ALONE))
 
 
 def test_joined_tells_compilers_the_truth():
-    args = joined_args({"T": 4, "segment_len": 2})
+    args = joined_args({"T": 4, "segment_len": 2}, absent=ALONE)
     torch.library.opcheck(ops.handle("delta_scan_prep_fwd", "triton"), tuple(args.values()))
 
 
@@ -232,6 +239,7 @@ def test_chain_joins(launched, monkeypatch, capsys):
         if hasattr(module, "SEGMENT_LEN"):
             monkeypatch.setattr(module, "SEGMENT_LEN", 2)
     function, arguments = calls.fused_delta_attention()
+    arguments |= dict.fromkeys(ALONE[1:])
     results = {}
     for backend in ("triton", "reference"):
         given = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
@@ -241,7 +249,7 @@ def test_chain_joins(launched, monkeypatch, capsys):
         results[backend] = (out, reads, final_state, *(x.grad for x in leaves))
     for got, want in zip(*results.values(), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert launched[:4] == ["activate_kernel", *MAPS[:2], "replay_prep_kernel"] and "replay_kernel" not in launched
+    assert launched[:4] == ["activate_kernel", *MAPS[:2], *BESIDE] and "replay_kernel" not in launched
     explain(function, **arguments, backend="triton")
     told = [line.split("::")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  deltamem::")]
     assert told == ["delta_scan_prep_fwd.triton", "delta_attention_fwd.triton"]
@@ -267,7 +275,7 @@ def test_long_rows(dtype):
 @pytest.mark.parametrize("packed", (None, (0, 3000, 3001, 8000)), ids=("dense", "packed"))
 @pytest.mark.parametrize("corrected", (True, False))
 def test_long_joined(dtype, R, packed, corrected):
-    absent = () if corrected else ("v", "delta_k", "delta_v")
+    absent = () if corrected else ALONE
     scan = {"T": 8192, "R": R, "packed": packed, "dtypes": (dtype,), "segment_len": 0}
     args = joined_args(scan, **LONG, dtype=dtype, absent=absent)
     first = check_joined(args)

@@ -102,6 +102,7 @@ def test_nothing_to_do(empty):
 
 
 SMALL = {"B": 1, "H": 2, "R": 4, "T": 23, "segment_len": 3}  # 8 segments, 4 groups, 2 supergroups
+LEVELS = 3  # of maps: theirs
 SEGMENTED = {
     **{f"{rule}_{lam}": {"rule": rule, "free": lam == "free"} for rule in RULES for lam in ("free", "coupled")},
     "remembering": {"gates": (-2.0, 3.0), "free": True, "rule": "lambda_outside"},
@@ -119,9 +120,11 @@ SEGMENTED = {
 
 @pytest.mark.parametrize("case", SEGMENTED)
 def test_segments(case, segmented):
+    """A state, or its gradient, reaches a segment through a map of each level, and each rounds it to fp32 once more
+    than a loop over the tokens does: a unit a level. Where gates forget, little of it is left to count beside what the
+    segment itself adds, and one unit is enough."""
     args = scan_args(**SMALL | SEGMENTED[case])
-    # Where gates forget little, a state and its gradient come whole through a map of each level, all of them fp32.
-    check_scan("triton", args, roundings=3 if case == "remembering" else 1)
+    check_scan("triton", args, roundings=LEVELS if case == "remembering" else 1)
     before, after = ([name] if args["use_qk_activation_in_kernel"] else [] for name in ACTIVATION)
     levels = [*before, "segment_maps_kernel", "compose_maps_kernel", "compose_maps_kernel"]
     assert segmented == [*levels, "replay_kernel", *levels, "reverse_kernel", *after]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import deltamem_kernels as dk
-from deltamem_kernels import debug
+from deltamem_kernels import debug, plans
 
 SCAN, POOL, FUSED, CACHE, OUTPUT = calls.FUNCTIONS
 i32 = torch.int32
@@ -234,12 +234,42 @@ def test_double_is_for_the_reference_alone():
     assert str(raised.value) == "delta_scan: float64 is covered by backend='reference' only, got 'cpu'"
 
 
-def test_large_ranks_are_for_the_reference_alone():
+@pytest.mark.parametrize("backend", ("cpu", "triton"))
+def test_large_ranks_are_for_the_reference_alone(backend, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # else the device is refused first
     x = torch.randn(1, 3, 1, 65)
     assert dk.delta_scan(x, x, x, x).reads.shape == (1, 3, 1, 65)
     with pytest.raises(NotImplementedError) as raised:
-        dk.delta_scan(x, x, x, x, backend="cpu")
-    assert str(raised.value) == "delta_scan: ranks above 64 are covered by backend='reference' only, got 65 on 'cpu'"
+        dk.delta_scan(x, x, x, x, backend=backend)
+    text = f"delta_scan: ranks above 64 are covered by backend='reference' only, got 65 on '{backend}'"
+    assert str(raised.value) == text
+
+
+@pytest.mark.parametrize("make", calls.FUNCTIONS)
+def test_triton_takes_no_cpu_tensors_unless_it_interprets(make, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(plans, "_plans", {})  # where an interpreted call of the same signature may be remembered
+    function, arguments = make()
+    with pytest.raises(ValueError) as raised:
+        function(**arguments, backend="triton")
+    assert str(raised.value) == (
+        f"{function.__name__}: tensors must be on cuda for backend 'triton', got cpu; backend='cpu' does it there"
+    )
+
+
+@pytest.mark.parametrize("make", (FUSED, CACHE))
+def test_wide_heads_are_not_for_triton(make, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.randn(1, 2, 2, 257)
+    function, _ = make()
+    caches = {"k_cache": x, "v_cache": x, "cache_seqlens": torch.tensor([2], dtype=i32)}
+    given = caches if make is CACHE else {"k": x, "v": x}
+    with pytest.raises(NotImplementedError) as raised:
+        function(x, **given, backend="triton")
+    assert str(raised.value) == (
+        f"{function.__name__}: head sizes above 256 are not covered by backend 'triton', got 257; "
+        "backend='reference' does it"
+    )
 
 
 @pytest.mark.parametrize("make", calls.FUNCTIONS)

@@ -30,11 +30,13 @@ def small_shared(capability: tuple[int, int]) -> bool:
     return capability[1] in (6, 9) or capability[0] == 12
 
 
-def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None, busy: bool = False) -> Tile:
+def forward_tile(
+    D: int, dtype: torch.dtype, capability: tuple[int, int] | None, busy: bool = False, capped: bool = False
+) -> Tile:
     """Shared memory holds q [BM, D] and num_stages blocks of k and of v [BN, D].
 
     The largest tiles whose accumulator [BM, D], scores [BM, BN] and slice of q fit a thread's 255 registers. busy: a
-    token mask, or a page for every key, takes registers of the loop.
+    token mask, or a page for every key, takes registers of the loop; capped: so does a softcap on Blackwell.
     """
     if capability is None:
         return Tile(16, 16, 4, 1)
@@ -48,10 +50,12 @@ def forward_tile(D: int, dtype: torch.dtype, capability: tuple[int, int] | None,
         keys = 64 if busy else 128
         return Tile(128, 128, 8, 3) if D <= 64 else Tile(128, keys, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
     if capability[0] == 10:
-        return Tile(128, 64, 8, 3) if D <= 64 else Tile(128, 64, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
+        keys = 32 if busy or capped else 64
+        return Tile(128, 64, 8, 3) if D <= 64 else Tile(128, keys, 8, 2) if D <= 128 else Tile(64, 64, 8, 2)
     if small_shared(capability):
         return Tile(128, 64, 4, 2) if D <= 64 else Tile(128, 32, 8, 2) if D <= 128 else Tile(32, 32, 8, 2)
-    return Tile(128, 64, 4, 3) if D <= 64 else Tile(128, 64, 8, 2) if D <= 128 else Tile(32, 64, 8, 2)
+    # one block of 8 warps fills the registers: shared memory has room for a third stage
+    return Tile(128, 64, 4, 3) if D <= 64 else Tile(128, 64, 8, 3) if D <= 128 else Tile(32, 64, 8, 2)
 
 
 def backward_tiles(D: int, dtype: torch.dtype, capability: tuple[int, int] | None) -> tuple[Tile, Tile]:
@@ -70,7 +74,7 @@ def backward_tiles(D: int, dtype: torch.dtype, capability: tuple[int, int] | Non
         if D <= 64:
             return Tile(32, 128, 8, 2), Tile(128, 128 if capability[0] == 9 else 64, 8, 2)
         if capability[0] == 10:
-            return (Tile(32, 64, 8, 1), Tile(128, 64, 8, 2)) if D <= 128 else (Tile(16, 32, 8, 1), Tile(64, 32, 8, 2))
+            return (Tile(32, 64, 8, 1), Tile(128, 32, 8, 2)) if D <= 128 else (Tile(16, 32, 8, 1), Tile(64, 32, 8, 2))
         return (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)) if D <= 128 else (Tile(16, 64, 8, 2), Tile(64, 32, 8, 2))
     if D <= 64:
         return Tile(32, 64, 8, 2), Tile(64, 32, 4, 2)

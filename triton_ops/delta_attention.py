@@ -293,7 +293,7 @@ def delta_attention_fwd(
         prologue = (reads, delta_q, q_norm_weight, norm_eps, rotary_cos, rotary_sin, rotary_interleaved, positions)
         rows = (token_mask, cu_seqlens, max_seqlen)
         softmax = (softmax_scale, causal, window_left, window_right, softcap)
-        tile = tile or forward_tile(D, q.dtype, capability(q.device), token_mask is not None)
+        tile = tile or forward_tile(D, q.dtype, capability(q.device), token_mask is not None, softcap > 0)
         _launch(q, k, v, out, lse, prologue, rows, (None, None, None), None, False, softmax, 1, tile)
     return out, lse
 
@@ -312,7 +312,7 @@ def delta_attention_with_kvcache(
     if not out.numel():
         return
     B, T, HQ, D = q.shape
-    tile = tile or forward_tile(D, q.dtype, capability(q.device), small_pages(k_cache, block_table))
+    tile = tile or forward_tile(D, q.dtype, capability(q.device), small_pages(k_cache, block_table), softcap > 0)
     slots = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     programs = HQ * tile_count(B, T, cu_seqlens, tile.BM)
     splits = num_splits or automatic_splits(programs, slots, multiprocessors(q.device))
@@ -365,7 +365,7 @@ def _lowered(name, D, dtype, device, packed=False, masked=False, left=-1, softca
     mask = meta(1, T, dtype=torch.bool) if masked else None
     rows = (mask, meta(9, dtype=torch.int32) if packed else None, 0)
     softmax = (D**-0.5, True, left, -1, softcap)
-    forward = functools.partial(delta_attention_fwd, tile=forward_tile(D, dtype, device, masked))
+    forward = functools.partial(delta_attention_fwd, tile=forward_tile(D, dtype, device, masked, softcap > 0))
     if page is None:
         yield from launches(name, forward, q, k, v, *prologue, *rows, *softmax)
         backward = functools.partial(delta_attention_bwd, tiles=backward_tiles(D, dtype, device))

@@ -12,12 +12,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .lift import add_parts, columns, lift, load_reads, load_weight
+from .lift import COLUMNS, add_parts, columns, lift, load_reads, load_weight
 from .lowering import launches
 
 # (tokens, channels, warps) of a forward tile. A weight tile costs a pass through shared memory, which 16 tokens
-# repay; a decode step has so few tokens that it spreads the channels over the machine instead.
-PREFILL_TILE, DECODE_TILE = (16, 128, 4), (1, 128, 1)
+# repay; several blocks of columns leave registers for half the channels. A decode step has so few tokens that it
+# spreads the channels over the machine instead.
+PREFILL_TILE, WIDE_TILE, DECODE_TILE = (16, 128, 4), (16, 64, 4), (1, 128, 1)
 DECODE_TOKENS = 32
 # The same of a backward tile, which holds 8 sums per element: 64 registers of a thread (twice 32 with the norm).
 BWD_TILE, RMS_BWD_TILE = (8, 128, 4), (4, 128, 4)
@@ -155,7 +156,8 @@ def delta_output_out(attn_proj, reads, delta_o, rms_weight, rms_eps, residual, o
     if n_tokens * hidden == 0:
         return
     H, R = reads.shape[2:]
-    BT, BN, warps = DECODE_TILE if n_tokens <= DECODE_TOKENS else PREFILL_TILE
+    prefill = PREFILL_TILE if H * R <= COLUMNS else WIDE_TILE
+    BT, BN, warps = DECODE_TILE if n_tokens <= DECODE_TOKENS else prefill
     tiles = triton.cdiv(hidden, BN)
     # with the norm a program that owns its tokens' whole rows pays the sum of squares once
     span = tiles if rms_weight is not None and BT > 1 else 1

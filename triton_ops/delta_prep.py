@@ -24,7 +24,7 @@ from .prep_tiles import (
     token_angles,
 )
 from .scan_plan import plan
-from .scan_prep import joins, scan_beside_prep, scan_prep
+from .scan_prep import scan_beside_prep
 from .sequences import search_steps, sequence_of
 
 __all__ = ["delta_prep_bwd", "delta_prep_fwd", "delta_prep_with_kvcache", "delta_scan_prep_fwd", "lowerings"]
@@ -152,7 +152,7 @@ def delta_scan_prep_fwd(
     rotary = (rotary_cos, rotary_sin, rotary_interleaved, positions)
     cut = plan(mem_q, beta, lam, cu_seqlens, update_rule, write, segment_len)
     waits = delta_k is not None or v is not None  # v is here to be corrected
-    if not cut.slots[0] or not T or (waits and not joins(cut, T, H)):
+    if waits or not cut.slots[0] or not T:
         scanned = delta_scan_fwd(
             *tokens, initial_state, token_mask, cu_seqlens, *biases, *options, segment_len, save_tape
         )
@@ -165,13 +165,12 @@ def delta_scan_prep_fwd(
     if save_tape:
         tape_len, tape = segment_len or SEGMENT_LEN, tape_shape(mem_q, cu_seqlens, segment_len)
     scanned = [mem_q.new_empty(shape, dtype=torch.float32) for shape in ((B, T, H, R), (N, H, R, R), tape)]
-    results, outputs = _results(k, v)
-    join = scan_prep if waits else scan_beside_prep
-    join(
+    k_prep = k.new_empty(k.shape)
+    scan_beside_prep(
         cut, tokens, biases, initial_state, token_mask, cu_seqlens, *options, tape_len, *scanned,
-        k, v, *outputs, delta_k, delta_v, k_norm_weight, norm_eps, *rotary,
+        k, k_prep, k_norm_weight, norm_eps, *rotary,
     )  # fmt: skip
-    return *scanned, *results
+    return *scanned, k_prep, k.new_empty(0)
 
 
 def delta_prep_with_kvcache(
@@ -199,18 +198,18 @@ def _launched():
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     half, full = torch.bfloat16, torch.float32
-    # fwd, bwd; paged: into a cache; joined: with the scan, packed, beside: k alone
+    # fwd, bwd; paged: into a cache; beside: k beside the scan, packed: the same of packed rows
     for dtype, T, D, rotary, interleaved, H, R, ops in (
-        (half, 8192, 128, 128, False, 1, 8, "fwd bwd paged joined packed beside"),
+        (half, 8192, 128, 128, False, 1, 8, "fwd bwd paged beside packed"),
         (half, 8192, 128, 128, True, 1, 8, "fwd bwd"),
-        (half, 8192, 128, 0, False, 1, 16, "fwd bwd joined"),
-        (half, 8192, 96, 96, False, 1, 8, "fwd bwd joined"),
-        (half, 8192, 256, 64, False, 1, 8, "fwd bwd joined"),
-        (half, 8192, 64, 64, False, 4, 8, "fwd bwd joined"),
+        (half, 8192, 128, 0, False, 1, 16, "fwd bwd"),
+        (half, 8192, 96, 96, False, 1, 8, "fwd bwd"),
+        (half, 8192, 256, 64, False, 1, 8, "fwd bwd"),
+        (half, 8192, 64, 64, False, 4, 8, "fwd bwd"),
         (half, 8, 128, 128, False, 1, 8, "fwd paged beside"),
         (full, 8192, 64, 64, False, 1, 8, "fwd bwd"),
         (full, 8192, 128, 128, False, 1, 8, "fwd bwd paged packed"),
-        (full, 8192, 256, 256, False, 1, 16, "fwd bwd joined beside"),
+        (full, 8192, 256, 256, False, 1, 16, "fwd bwd beside"),
     ):
         q, kv, mem = empty(1, T, 32, D, dtype=dtype), empty(1, T, 8, D, dtype=dtype), empty(1, T, H, R, dtype=dtype)
         deltas = [empty(heads * D, H * R, dtype=dtype) for heads in (32, 8, 8)]
@@ -220,7 +219,7 @@ def _launched():
         rotation = (1e-6, *rotation, interleaved, None)
         words = (reads, *deltas, norm, norm, *rotation, None)
         scan, options = (*(mem,) * 4, *(None,) * 3), (None, None, "standard", True, False, False, 0, True)
-        fused = (*scan, None, *options, kv, kv, *deltas[1:], norm, *rotation)
+        beside = (*options, kv, None, None, None, norm, *rotation)
         calls = {
             "fwd": (delta_prep_fwd, q, kv, kv, *words),
             "bwd": (delta_prep_bwd, q, kv, kv, q, kv, kv, *words, False),
@@ -228,9 +227,8 @@ def _launched():
                 delta_prep_with_kvcache, kv, kv, cache, cache, reads, *deltas[1:], norm, *rotation,
                 None, None, ints[:1], table, ints[:1],
             ),
-            "joined": (delta_scan_prep_fwd, *fused),
-            "packed": (delta_scan_prep_fwd, *scan, ints, *fused[8:]),
-            "beside": (delta_scan_prep_fwd, *fused[:17], None, None, None, norm, *rotation),
+            "beside": (delta_scan_prep_fwd, *scan, None, *beside),
+            "packed": (delta_scan_prep_fwd, *scan, ints, *beside),
         }  # fmt: skip
         name = f"T={T} D={D} rotary={rotary}{' interleaved' if interleaved else ''} H={H} R={R}"
         for op in ops.split():

@@ -17,9 +17,9 @@ from .prep_tiles import lifted, outer_strides, rotary_strides, tall, token_angle
 from .prologue import load_pairs, pair_channels, pair_count, store_pairs
 from .sequences import search_steps, sequence_of
 
-# (tokens x pairs, warps) of a tile: its sums of JC columns per channel fill 2 x 32 registers of a thread. Rows of at
-# most 32 pairs are one warp's, so that a weight's row is one load of 16 bytes.
-TILE, NARROW_TILE = (512, 4), (128, 1)
+# Tokens x pairs that a warp holds at a time: their sums of JC columns per channel fill 2 x 32 registers of a thread.
+# Rows of at most 32 pairs are one warp's, so that a weight's row is one load of 16 bytes.
+WARP_TILE = 128
 CHUNK_TOKENS, MAX_CHUNKS = 256, 32
 
 
@@ -130,8 +130,8 @@ def _head_grads(
     B, T, heads, D = x.shape
     H, R = (1, 1) if delta is None else reads.shape[2:]
     J, JC, P, n_tokens = H * R, columns(H * R), pair_count(D), B * T
-    elements, warps = NARROW_TILE if P <= 32 else TILE
-    BT = min(max(1, elements // P), 32)
+    warps = 1 if P <= 32 else 4 if P == 64 else 8
+    BT = min(max(1, WARP_TILE * warps // P), 32)
     chunks = min(triton.cdiv(n_tokens, CHUNK_TOKENS), MAX_CHUNKS)
     chunk_tokens = triton.cdiv(triton.cdiv(n_tokens, max(chunks, 1)), BT) * BT
     n_rows = 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -11,15 +11,15 @@ from .lift import COLUMNS, load_reads, load_weight
 from .prologue import load_pairs, normed, pair_channels, pair_count, rotary_rows, store_pairs
 
 # (tokens x pairs, heads, warps) of a program: 8 pairs of a thread make 16-byte loads of 2-byte types, 16 use each of
-# its weights, widened to fp32, on two rows; sums over several column blocks leave no registers for that. Few tokens:
-# one head each, to spread over the machine.
-PREFILL_TILE, WIDE_TILE, DECODE_TILE = (2048, 4, 4), (1024, 4, 4), (256, 1, 1)
+# its weights, widened to fp32, on two rows. Sums over several blocks of columns, and masks of padded heads, leave no
+# registers for that. Few tokens: one head each, to spread over the machine.
+PREFILL_TILE, THIN_TILE, DECODE_TILE = (2048, 4, 4), (512, 4, 2), (256, 1, 1)
 DECODE_TOKENS = 64
 
 
 def tile(n_tokens: int, D: int, J: int) -> tuple[int, int, int]:
     """(tokens, heads, warps) of a program that lifts J reads."""
-    prefill = PREFILL_TILE if J <= COLUMNS else WIDE_TILE
+    prefill = PREFILL_TILE if J <= COLUMNS and 2 * pair_count(D) == D else THIN_TILE
     elements, heads, warps = DECODE_TILE if n_tokens <= DECODE_TOKENS else prefill
     return min(max(1, elements // pair_count(D)), 64), heads, warps
 

@@ -32,12 +32,12 @@ def activated(mem_q, mem_k):
     return zq, zk
 
 
-def replay_inputs(cut: Plan, tokens, cu_seqlens, write, activation, tape_len, may_be_short=True):
+def replay_inputs(cut: Plan, tokens, cu_seqlens, write, activation, tape_len):
     """(tokens as a replay takes them, compile-time arguments that follow): q and k activated unless it does that."""
     mem_q, mem_k, mem_v, beta, lam = tokens if write else (tokens[0], None, None, None, None)
     T, R = mem_q.shape[1::2]
     longest = T if cu_seqlens is None else -(-T // max(cu_seqlens.shape[0] - 1, 1))  # the mean: all the host knows
-    short = may_be_short and longest <= SHORT and not cut.levels
+    short = longest <= SHORT and not cut.levels
     if activation and not short:
         mem_q, mem_k = activated(mem_q, mem_k)
     ahead = 1 if longest == 1 else AHEAD[cut.RP][-1]

@@ -222,8 +222,8 @@ DELTAMEM_DEVICE void compose_groups(const ScanArgs& p, const Tree& tree, int sup
 template <int kCount>
 DELTAMEM_DEVICE void load_start(const ScanArgs& p, const Segment& x, int row, int first, float (&s)[kCount]) {
   clear(s);
-  const bool has_state =
-      p.start && !x.padding && row < p.plan.rank && (!p.has_start || *p.has_start.at<bool>(x.row));
+  const bool has_state = p.start && x.exists && !x.padding && row < p.plan.rank &&
+                         (!p.has_start || *p.has_start.at<bool>(x.row));
   if (!has_state) return;
   const int64_t slot = p.start_slots ? *p.start_slots.at<int32_t>(x.row) : x.row;
   load_channels(p.start, p.start.offset(slot, x.head, row), first, p.plan.rank, s);

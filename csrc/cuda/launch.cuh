@@ -18,8 +18,9 @@ inline void check(const Call& call, const char* error, const char* what) {
 
 // Queues kKernel(args...) on the call's stream; a grid without blocks is nothing to do.
 template <auto kKernel, class... Args>
-void launch(Call& call, const ptx::LaunchShape& shape, const Args&... args) {
+void launch(Call& call, ptx::LaunchShape shape, const Args&... args) {
   if (shape.blocks == 0) return;
+  shape.overlaps_previous &= call.properties.compute_capability >= 90 || ptx::kEmulated;
   check(call, ptx::launch<kKernel>(shape, call.device, call.stream, args...), "its launch");
 }
 

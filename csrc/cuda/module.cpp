@@ -134,7 +134,6 @@ PYBIND11_MODULE(_cuda, m) {
       "either.";
   m.attr("emulated") = is_emulated();
   m.attr("architectures") = DELTAMEM_CUDA_ARCHS;
-  m.def("compute_capability", [](int device) { return properties_of(device).compute_capability; });
   bind_ops<Cuda>(m);
 }
 

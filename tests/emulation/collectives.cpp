@@ -113,8 +113,8 @@ const char* perform(Lanes lanes) {
 }
 
 const char* name_of(Word word) {
-  static const char* const names[] = {"sync_warp", "shfl",      "ballot", "ldmatrix", "ldmatrix_transposed",
-                                      "movmatrix", "mma<bf16>", "mma<f16>"};
+  static const char* const names[] = {"sync_warp",           "shfl",      "ballot",    "ldmatrix",
+                                      "ldmatrix_transposed", "movmatrix", "mma<bf16>", "mma<f16>"};
   return names[static_cast<int>(word)];
 }
 

@@ -1,5 +1,5 @@
-// The words of csrc/cuda/ptx.cuh for a host compiler: kernels run on the CPU, their threads as fibers. Needs no
-// CUDA toolkit. What each word means stands in ptx.cuh.
+// The words of csrc/cuda/ptx.cuh for a host compiler: kernels run on the CPU, their threads as fibers. Needs
+// no CUDA toolkit. What each word means stands in ptx.cuh.
 #pragma once
 
 #include <string>
@@ -73,6 +73,8 @@ inline float exp2(float x) {
   return y < FLT_MIN ? 0.0f : y;
 }
 
+inline float reciprocal(float x) { return 1.0f / x; }
+
 // ---- threads ---------------------------------------------------------------------------------------------
 
 inline int thread() { return emulation::here.thread; }
@@ -90,7 +92,7 @@ inline void sync_named(int id, int threads, Site site = Site::current()) {
   emulation::sync_named(id, threads, site);
 }
 
-// Out of the warp, a lane gets its own.
+// Out of the warp, a lane gets its own. Of masks and distances the device takes the five lowest bits.
 template <class T>
 T shfl_from(T x, int source_lane, Site site) {
   static_assert(sizeof(T) == 4);
@@ -104,21 +106,24 @@ T shfl(T x, int source_lane, Site site = Site::current()) {
 }
 template <class T>
 T shfl_xor(T x, int mask, Site site = Site::current()) {
-  return shfl_from(x, (lane() ^ mask) < 32 ? lane() ^ mask : lane(), site);
+  return shfl_from(x, lane() ^ (mask & 31), site);
 }
 template <class T>
 T shfl_up(T x, int distance, Site site = Site::current()) {
-  return shfl_from(x, lane() - distance >= 0 ? lane() - distance : lane(), site);
+  const int from = lane() - (distance & 31);
+  return shfl_from(x, from >= 0 ? from : lane(), site);
 }
 template <class T>
 T shfl_down(T x, int distance, Site site = Site::current()) {
-  return shfl_from(x, lane() + distance < 32 ? lane() + distance : lane(), site);
+  const int from = lane() + (distance & 31);
+  return shfl_from(x, from < 32 ? from : lane(), site);
 }
 inline uint32_t ballot(bool condition, Site site = Site::current()) {
   emulation::Meeting meeting{emulation::Word::ballot, site, condition};
   emulation::meet(meeting);
   return meeting.value;
 }
+inline int first_bit(uint32_t x) { return std::countr_zero(x); }
 
 // ---- memory shared by blocks -----------------------------------------------------------------------------
 
@@ -141,14 +146,16 @@ T load_shared_by_blocks(const T* p) {
   return *p;
 }
 
+inline void prefetch(const void*) {}
+
 // ---- asynchronous copies into shared memory --------------------------------------------------------------
 
 inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(static_cast<const char*>(p) - emulation::here.shared_memory);
 }
 
-// Between issue and arrival the target is NaN. Both ends are touched at issue and at arrival, by this thread and
-// in its kernel's code, so that a sanitizer sees both and names the line.
+// Between issue and arrival the target is NaN. Both ends are touched at issue and at arrival, by this thread
+// and in its kernel's code, so that a sanitizer sees both and names the line.
 inline void cp_async(void* target, const void* source, bool valid, Site site = Site::current()) {
   emulation::start_copy({target, source, valid}, site);
   if (valid) {
@@ -238,19 +245,18 @@ std::tuple<std::remove_const_t<Parameters>...> parameters_of(void (*)(Parameters
 template <auto kKernel, class... Args>
 const char* launch(const LaunchShape& shape, int device, void*, const Args&... args) {
   using Parameters = decltype(parameters_of(kKernel));
-  static_assert(std::is_same_v<Parameters, std::tuple<Args...>>, "Args: exactly the kernel's parameter types");
+  static_assert(std::is_same_v<Parameters, std::tuple<Args...>>,
+                "Args: exactly the kernel's parameter types");
   if (device != 0) return "the emulation has one device";
   const Parameters parameters(args...);
-  return emulation::launch({.kernel = __PRETTY_FUNCTION__,
-                            .run_thread =
-                                [](const void* all) {
-                                  std::apply(kKernel, *static_cast<const Parameters*>(all));
-                                },
-                            .arguments = &parameters,
-                            .blocks = shape.blocks,
-                            .threads = shape.threads,
-                            .shared_bytes = shape.shared_bytes,
-                            .overlaps_previous = shape.overlaps_previous});
+  return emulation::launch(
+      {.kernel = __PRETTY_FUNCTION__,
+       .run_thread = [](const void* all) { std::apply(kKernel, *static_cast<const Parameters*>(all)); },
+       .arguments = &parameters,
+       .blocks = shape.blocks,
+       .threads = shape.threads,
+       .shared_bytes = shape.shared_bytes,
+       .overlaps_previous = shape.overlaps_previous});
 }
 
 }  // namespace deltamem::ptx

@@ -16,7 +16,8 @@ namespace {
 char fences;  // tells TSan of fences: each is ordered after all before it
 
 bool same_line(Site a, Site b) {
-  return a.line() == b.line() && (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
+  return a.line() == b.line() &&
+         (a.file_name() == b.file_name() || strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 // A lane comes to a place where its whole warp has to come.
@@ -41,7 +42,7 @@ void expect_whole_warp(Thread& self, const char* word, Site site, uint32_t elsew
 void expect_same_line(Thread& self, uint32_t waiting) {
   if (waiting == 0) return;
   const Thread& other = self.warp->threads[std::countr_zero(waiting)];
-  if (same_line(other.waits_at, self.waits_at) && strcmp(other.waits_in, self.waits_in) == 0) return;
+  if (other.waits_in == self.waits_in && same_line(other.waits_at, self.waits_at)) return;
   expect_whole_warp(self, self.waits_in, self.waits_at, waiting);
 }
 
@@ -81,7 +82,8 @@ bool Block::pass_if_complete(int id) {
   for (auto& warp : warps) {
     if (warp->at_barrier == 0 || warp->waiting_lane().barrier != id) continue;
     if (warp->at_barrier != kAllLanes) {
-      run->violate("whole warps come to a barrier, and not so that of " + run->place(warp->waiting_lane()), barrier.site);
+      run->violate("whole warps come to a barrier, and not so that of " + run->place(warp->waiting_lane()),
+                   barrier.site);
     }
     make_ready(*warp, warp->at_barrier);
     warp->at_barrier = 0;
@@ -189,14 +191,30 @@ void poison(void* behind_array, int bytes) {
 
 void wait_for_previous_kernel() { run->waited_for_previous_kernel = true; }
 
+namespace {
+
+// A line for each launch, in the file that DELTAMEM_EMULATION_LAUNCHES names.
+void log_launch(const Grid& grid) {
+  const char* path = getenv("DELTAMEM_EMULATION_LAUNCHES");
+  if (path == nullptr) return;
+  FILE* log = fopen(path, "a");
+  if (log == nullptr) return;
+  fprintf(log, "%d %zu %s\n", grid.threads, grid.shared_bytes, grid.kernel);
+  fclose(log);
+}
+
+}  // namespace
+
 const char* launch(const Grid& grid) {
   static std::mutex one_at_a_time;
   thread_local std::string error;
   const std::lock_guard lock(one_at_a_time);
   on_report([](const char*) {
     if (run == nullptr) return;
-    fprintf(stderr, "emulation: %s, schedule %s\n", run->place(run->thread()).c_str(), run->schedule().c_str());
+    fprintf(stderr, "emulation: %s, schedule %s\n", run->place(run->thread()).c_str(),
+            run->schedule().c_str());
   });
+  log_launch(grid);
   Run this_run(grid);
   run = &this_run;
   error = this_run.finish_grid();

@@ -1,6 +1,6 @@
 // What the emulated words ask of the engine, which runs each CUDA thread as a fiber of one OS thread. Fibers
-// change only inside these calls. The engine is never instrumented by TSan; the words are, so that reports name
-// lines of kernels.
+// change only inside these calls. The engine is never instrumented by TSan; the words are, so that reports
+// name lines of kernels.
 #pragma once
 
 #include <cstddef>
@@ -61,7 +61,10 @@ void commit_copies();
 // A copy of this thread that has to arrive before at most `pending` groups are under way; null: none is left.
 const Copy* next_copy(int pending);
 
-inline constexpr int kRedZone = 128;
+#ifndef DELTAMEM_RED_ZONE
+#define DELTAMEM_RED_ZONE 128
+#endif
+inline constexpr int kRedZone = DELTAMEM_RED_ZONE;  // 0: shared memory as a GPU has it
 void poison(void* behind_array, int bytes);
 void wait_for_previous_kernel();
 

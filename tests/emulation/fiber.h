@@ -13,7 +13,7 @@ class Fiber {
 
   // The OS thread's own stack, which runs now.
   void adopt_caller();
-  // Before anything of it can run; TSan orders what the caller has done before it.
+  // Before anything of it can run. TSan does not know that what the caller has done so far comes first.
   void create();
   // Gives it a stack that enters `entry` when first switched to. `entry` never returns: it ends by finish_to.
   void start(void (*entry)());

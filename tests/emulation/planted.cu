@@ -1,6 +1,6 @@
-// A kernel with the hazards of the real ones, and one mistake at a time planted into it: what the emulation and
-// its sanitizers must find. `planted NAME` runs it under DELTAMEM_EMULATION_SCHEDULE and prints the greatest
-// error of its result.
+// A kernel with the hazards of the real ones, and one mistake at a time planted into it: what the emulation
+// and its sanitizers must find. `planted NAME` runs it under DELTAMEM_EMULATION_SCHEDULE and prints the
+// greatest error of its result.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
@@ -32,14 +32,17 @@ enum class Plant {
   early_end,           // of a lane
   misaligned_copy,
   misaligned_load,
-  endless_wait,  // for a block that never counts
+  endless_wait,       // for a block that never counts
+  deadlock,           // a barrier that too few threads come to
+  missing_grid_wait,  // in a kernel that may overlap the previous one
   kCount
 };
 constexpr const char* kNames[] = {
-    "none",          "missing_barrier", "overwritten_stage", "missing_wait", "weak_wait",
-    "missing_sync_warp", "missing_fence",   "global_read",       "shared_read",  "shared_write",
-    "shared_read_behind",  "skipped_shuffle", "other_barrier",     "early_end",    "misaligned_copy",
-    "misaligned_load", "endless_wait"};
+    "none",          "missing_barrier",   "overwritten_stage",  "missing_wait",
+    "weak_wait",     "missing_sync_warp", "missing_fence",      "global_read",
+    "shared_read",   "shared_write",      "shared_read_behind", "skipped_shuffle",
+    "other_barrier", "early_end",         "misaligned_copy",    "misaligned_load",
+    "endless_wait",  "deadlock",          "missing_grid_wait"};
 static_assert(sizeof(kNames) / sizeof(kNames[0]) == static_cast<int>(Plant::kCount));
 
 constexpr int kRows = 64, kColumns = 64, kDepth = 32, kStages = 2;
@@ -47,7 +50,7 @@ constexpr int kThreads = kRows / 16 * 32;
 constexpr int kPitch = kDepth + 8;  // of a row in shared memory
 
 struct Tiles {
-  bf16 *a, *b;  // [kStages, 64, kPitch]
+  bf16 *a, *b;      // [kStages, 64, kPitch]
   float* row_sums;  // [warp, 16]
   int* last;
   size_t bytes;
@@ -88,8 +91,11 @@ __global__ void __launch_bounds__(kThreads) product(const __grid_constant__ Prod
   const int lane = ptx::lane(), warp = ptx::warp(), g = lane / 4, c = lane % 4 * 2;
   if (kPlant == Plant::early_end && ptx::thread() == 37) return;
 
+  if (kPlant == Plant::deadlock && warp == 1) ptx::sync_named(1, 64);
+
   const int steps = (p.depth + kDepth - 1) / kDepth;
-  const int per_block = (steps + static_cast<int>(ptx::num_blocks()) - 1) / static_cast<int>(ptx::num_blocks());
+  const int per_block =
+      (steps + static_cast<int>(ptx::num_blocks()) - 1) / static_cast<int>(ptx::num_blocks());
   const int first = static_cast<int>(ptx::block()) * per_block;
   const int end = min(first + per_block, steps);
 
@@ -180,7 +186,10 @@ int run(const char* name) {
     std::vector<float> parts(blocks * kRows * kColumns, NAN), c(kRows * kColumns, NAN), sums(kRows, NAN);
     auto arrived = std::make_unique<uint32_t>(0);
     const Product p{a.data(), b.data(), depth, parts.data(), arrived.get(), c.data(), sums.data()};
-    const ptx::LaunchShape shape{.blocks = blocks, .threads = kThreads, .shared_bytes = Tiles(Carver()).bytes};
+    const ptx::LaunchShape shape{.blocks = blocks,
+                                 .threads = kThreads,
+                                 .shared_bytes = Tiles(Carver()).bytes,
+                                 .overlaps_previous = kPlant == static_cast<int>(Plant::missing_grid_wait)};
     if (const char* error = ptx::launch<product<static_cast<Plant>(kPlant)>>(shape, 0, nullptr, p)) {
       printf("%s\n", error);
       return 1;

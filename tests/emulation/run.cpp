@@ -20,7 +20,8 @@ namespace {
 constexpr int64_t kMaxIdle = 1 << 22;  // yields in a row while nothing else happens
 constexpr int64_t kMaxRaceThreads = 8000;
 
-char ended;  // tells TSan that what follows the grid follows all its threads
+// Tell TSan that a grid's threads follow what came before it, and what comes after it them.
+char begun, ended;
 
 // From "... [with auto kKernel = deltamem::cuda::scan<8>; Args = ...]".
 std::string kernel_name(const char* text) {
@@ -31,6 +32,7 @@ std::string kernel_name(const char* text) {
 
 void thread_main() {
   run->thread().fiber.entered();
+  acquire(&begun);
   run->grid().run_thread(run->grid().arguments);
   run->end_thread();
 }
@@ -50,8 +52,8 @@ std::string Run::refusal() const {
     return "a block has whole warps, 1 to 32, got " + std::to_string(grid_.threads) + " threads";
   }
   if (grid_.shared_bytes > static_cast<size_t>(shared_memory_per_block())) {
-    return "a block has at most " + std::to_string(shared_memory_per_block()) + " bytes of shared memory, got " +
-           std::to_string(grid_.shared_bytes);
+    return "a block has at most " + std::to_string(shared_memory_per_block()) +
+           " bytes of shared memory, got " + std::to_string(grid_.shared_bytes);
   }
   if (kRaces && grid_.blocks * grid_.threads > kMaxRaceThreads) {
     return "TSan knows at most 8000 threads, got " + std::to_string(grid_.blocks * grid_.threads);
@@ -73,11 +75,16 @@ std::string Run::finish_grid() {
     }
     enter(*thread);
     caller_.switch_to(thread->fiber);
+    acquire(&ended);
     for (size_t i = resident_.size(); i-- > 0;) {
-      if (resident_[i]->live_warps == 0) retire(i);
+      if (resident_[i]->live_warps > 0) continue;
+      ended_.push_back(resident_[i]);
+      resident_.erase(resident_.begin() + static_cast<ptrdiff_t>(i));
     }
+    if (!kRaces) retire();
   }
-  while (!resident_.empty()) retire(resident_.size() - 1);
+  ended_.insert(ended_.end(), resident_.begin(), resident_.end());
+  retire();
   caller_.destroy();
   if (error_.empty() && grid_.overlaps_previous && !waited_for_previous_kernel) {
     error_ = "it overlaps the previous kernel and never calls wait_for_previous_kernel";
@@ -87,9 +94,10 @@ std::string Run::finish_grid() {
 }
 
 int64_t Run::residency() const {
-  if (kRaces) return INT64_MAX;  // a stack that is used again would order its threads
+  if (kRaces) return INT64_MAX;  // a stack that is used again would be a race, or order its threads
   const int64_t by_threads = kThreadsPerMultiprocessor / grid_.threads;
-  const int64_t by_memory = shared_memory_per_multiprocessor() / static_cast<int64_t>(grid_.shared_bytes + 1024);
+  const int64_t by_memory =
+      shared_memory_per_multiprocessor() / static_cast<int64_t>(grid_.shared_bytes + 1024);
   return multiprocessors() * std::max<int64_t>(1, std::min({by_threads, by_memory, int64_t{16}}));
 }
 
@@ -106,31 +114,33 @@ void Run::admit() {
     for (auto& warp : block->warps) {
       for (Thread& thread : warp->threads) thread.fiber.create();
     }
+    release(&begun);
     schedule_.prioritise(*block);
     resident_.push_back(block);
     progress();
   }
 }
 
-void Run::retire(size_t i) {
-  Block* block = resident_[i];
-  resident_.erase(resident_.begin() + static_cast<ptrdiff_t>(i));
-  if (last_ != nullptr && last_->block == block) last_ = nullptr;
-  acquire(&ended);
-  for (const char* zone : block->red_zones) {
-    unpoison_memory(zone, kRedZone);
-    for (int j = 0; j < kRedZone && error_.empty(); ++j) {
-      if (static_cast<unsigned char>(zone[j]) == 0xff) continue;
-      error_ = "something is stored behind an array, at byte " +
-               std::to_string(zone + j - block->shared_memory) + " of the shared memory of block " +
-               std::to_string(block->index);
+void Run::retire() {
+  for (Block* block : ended_) {
+    if (last_ != nullptr && last_->block == block) last_ = nullptr;
+    if (kRaces && !error_.empty()) continue;  // threads that are given up race with who frees their memory
+    for (const char* zone : block->red_zones) {
+      unpoison_memory(zone, kRedZone);
+      for (int j = 0; j < kRedZone && error_.empty(); ++j) {
+        if (static_cast<unsigned char>(zone[j]) == 0xff) continue;
+        error_ = "something was stored behind an array, at byte " +
+                 std::to_string(zone + j - block->shared_memory) + " of the shared memory of block " +
+                 std::to_string(block->index);
+      }
     }
+    free(block->shared_memory);
+    for (auto& warp : block->warps) {
+      for (Thread& thread : warp->threads) thread.fiber.destroy();
+    }
+    delete block;
   }
-  free(block->shared_memory);
-  for (auto& warp : block->warps) {
-    for (Thread& thread : warp->threads) thread.fiber.destroy();
-  }
-  delete block;
+  ended_.clear();
 }
 
 // ---- threads ---------------------------------------------------------------------------------------------
@@ -211,6 +221,7 @@ void Run::violate(const std::string& rule, Site site) {
   if (error_.empty()) {
     error_ = rule + " (" + place(self) + (site.line() != 0 ? ", " + line_of(site) : "") + ")";
   }
+  release(&ended);
   self.fiber.finish_to(caller_);
 }
 
@@ -239,8 +250,8 @@ std::string Run::waiting_threads() const {
   }
   std::string text;
   for (const auto& [what, group] : groups) {
-    text += (text.empty() ? "" : ", ") + std::to_string(group.count) + " threads from " + place(*group.first) +
-            " in " + what;
+    text += (text.empty() ? "" : ", ") + std::to_string(group.count) + " threads from " +
+            place(*group.first) + " in " + what;
   }
   return text;
 }

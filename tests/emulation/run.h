@@ -42,7 +42,7 @@ class Run {
   std::string refusal() const;
   int64_t residency() const;
   void admit();
-  void retire(size_t i);
+  void retire();
   Thread* next();
   void enter(Thread& thread);
   bool resume_yielded();
@@ -50,7 +50,7 @@ class Run {
 
   const Grid grid_;
   Schedule schedule_;
-  std::vector<Block*> resident_;
+  std::vector<Block*> resident_, ended_;
   int64_t next_block_ = 0;
   Fiber caller_;
   Thread* running_ = nullptr;

@@ -1,5 +1,5 @@
-// What the engine tells the sanitizers; nothing in a build without them. DELTAMEM_EMULATION_RACES is defined in the
-// TSan build, whose engine is not instrumented itself.
+// What the engine tells the sanitizers; nothing in a build without them. DELTAMEM_EMULATION_RACES is defined
+// in the TSan build, whose engine is not instrumented itself.
 #pragma once
 
 #include <cstddef>
