@@ -14,6 +14,7 @@ template <int kRP>
 struct ReplayShape : LaneShape<kRP> {
   static constexpr int kThreads = LaneShape<kRP>::kConsumers + kProducers;
   static constexpr int kChunk = kChunkFloats / LaneShape<kRP>::kPitch;  // tokens
+  static constexpr int kBlocks = kRP == 8 ? 3 : kRP == 64 ? 1 : 2;  // of a multiprocessor; more would spill
 };
 
 template <class S>
@@ -106,7 +107,7 @@ class ReplayLane {
 
 // Block: kUnits segments of heads.
 template <int RP>
-__global__ void __launch_bounds__(ReplayShape<RP>::kThreads, RP == 64 ? 1 : 3)
+__global__ void __launch_bounds__(ReplayShape<RP>::kThreads, ReplayShape<RP>::kBlocks)
     replay_kernel(const __grid_constant__ ScanArgs p) {
   using S = ReplayShape<RP>;
   const ReplayMemory<S> shared(Carver::of_block());
