@@ -14,7 +14,7 @@ template <int kRP>
 struct ReplayShape : LaneShape<kRP> {
   static constexpr int kThreads = LaneShape<kRP>::kConsumers + kProducers;
   static constexpr int kChunk = kChunkFloats / LaneShape<kRP>::kPitch;  // tokens
-  static constexpr int kBlocks = kRP == 8 ? 3 : kRP == 64 ? 1 : 2;  // of a multiprocessor; more would spill
+  static constexpr int kBlocks = kRP == 8 ? 4 : kRP == 64 ? 1 : 2;      // of a multiprocessor
 };
 
 template <class S>
