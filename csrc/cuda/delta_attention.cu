@@ -202,13 +202,15 @@ DELTAMEM_DEVICE void attend(const DeltaAttentionCacheParams& p, const Alignment&
       }
     }
     result.meet(s, scores.factor);
+    Rounded<kFragments> weights;
+    round_products<T>(s, weights);
     stage = stage == 2 ? 0 : stage + 1;
     ptx::cp_async_wait<1>();
     ptx::sync_block();  // V has landed, and every warp is done with K
     if (next < end)
       load_keys(p, state, a.v, state.v, aligned.v, next, shared.stage(stage == 0 ? 2 : stage - 1));
     ptx::cp_async_commit();
-    accumulate(result.out, s, shared.stage(stage));
+    accumulate(result.out, weights, shared.stage(stage));
     stage = stage == 2 ? 0 : stage + 1;
   }
 }
