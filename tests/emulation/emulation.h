@@ -73,6 +73,8 @@ inline float exp2(float x) {
   return y < FLT_MIN ? 0.0f : y;
 }
 
+inline float reciprocal(float x) { return 1.0f / x; }
+
 // ---- threads ---------------------------------------------------------------------------------------------
 
 inline int thread() { return emulation::here.thread; }
@@ -121,6 +123,7 @@ inline uint32_t ballot(bool condition, Site site = Site::current()) {
   emulation::meet(meeting);
   return meeting.value;
 }
+inline int first_bit(uint32_t x) { return std::countr_zero(x); }
 
 // ---- memory shared by blocks -----------------------------------------------------------------------------
 
