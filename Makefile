@@ -1,9 +1,9 @@
 # make demo   install, benchmark decode throughput here, and stream a text through delta-mem layers
 # make recall train a tiny model's delta-mem to remember, and show what it recalls with its context gone
 # make test   install, lint, and run every test against the installed wheel
-# make static every Triton kernel compiled for every supported GPU, without one: registers, spills, instructions
+# make static every Triton and CUDA kernel compiled for every supported GPU, without one: registers, spills, instructions
 # make gpu    where a CUDA device is: test, compute-sanitizer and benchmark on it, without a network
-# The rest: make lint, format, sanitize, bench, clean.
+# The rest: make lint, format, sanitize, emulate-sanitize, bench, clean.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -1,6 +1,6 @@
-// A few tokens per row through one layer, in one launch: the memory is read and advances, k' and v' are appended, q'
-// is prepared, the cache is attended in splits, the last split of an item to arrive merges them. csrc/README.md
-// walks through it.
+// A few tokens per row through one layer, in one launch: the memory is read and advances, k' and v' are
+// appended, q' is prepared, the cache is attended in splits, the last split of an item to arrive merges them.
+// csrc/README.md walks through it.
 #include "cuda/delta_decode_memory.cuh"
 #include "cuda/delta_decode_merge.cuh"
 #include "cuda/delta_decode_prologue.cuh"
@@ -17,7 +17,8 @@ DELTAMEM_DEVICE void clear_tokens_past_end(const Argument& call) {
   if (!p.rows.cu_seqlens) return;
   for (int64_t t = packed_end(p.rows) + ptx::block(); t < p.q.size[1]; t += ptx::num_blocks()) {
     for (int64_t h = 0; h < p.q.size[2]; ++h) {
-      for (int d = ptx::thread(); d < call.D; d += kThreads) p.out.at<T>(0, t, h)[d] = ptx::from_float<T>(0.0f);
+      for (int d = ptx::thread(); d < call.D; d += kThreads)
+        p.out.at<T>(0, t, h)[d] = ptx::from_float<T>(0.0f);
       if (ptx::thread() == 0) *p.lse.at<float>(0, h, t) = -INFINITY;
     }
     if (!call.p.memory.mem_q) continue;
@@ -31,14 +32,16 @@ DELTAMEM_DEVICE void clear_tokens_past_end(const Argument& call) {
 // Weights do not come from the kernel before: every thread of the grid asks for a line of them.
 DELTAMEM_DEVICE void prefetch_weight(const Tensor& weight) {
   if (!weight) return;
-  const int64_t element = weight.dtype == DType::f32 ? 4 : 2, bytes = weight.size[0] * weight.stride[0] * element;
+  const int64_t element = weight.dtype == DType::f32 ? 4 : 2,
+                bytes = weight.size[0] * weight.stride[0] * element;
   const int64_t line = (ptx::block() * kThreads + ptx::thread()) * 128;
   if (line < bytes) ptx::prefetch(static_cast<const char*>(weight.data) + line);
 }
 
 template <class T, int kD, int kN>
-DELTAMEM_DEVICE void attend(const Argument& call, const Row& row, const Segment& segment, const Shared<T, kD>& shared,
-                            SliceLoader<T, kD>& loader, const Merge<T, kD>& merge) {
+DELTAMEM_DEVICE void attend(const Argument& call, const Row& row, const Segment& segment,
+                            const Shared<T, kD>& shared, SliceLoader<T, kD>& loader,
+                            const Merge<T, kD>& merge) {
   Sums<kD, kN> sums;
   Attention<T, kD, kN>(call, row, segment, shared, sums).run(loader);
   ptx::sync_block();
@@ -150,17 +153,19 @@ void run(const DeltaDecodeParams& p, Call& call) {
   if (blocks == 0) {
     throw Failure(std::string("deltamem_kernels: ") + call.op + ": head size, tokens and memory must fit " +
                   std::to_string(call.properties.shared_memory_per_block) + " bytes of shared memory, got " +
-                  std::to_string(argument.D) + ", " + std::to_string(argument.tokens) + " and H * R = " +
-                  std::to_string(argument.HR));
+                  std::to_string(argument.D) + ", " + std::to_string(argument.tokens) +
+                  " and H * R = " + std::to_string(argument.HR));
   }
   // As many blocks as live at once, or as there can be tiles.
   const int64_t items = int64_t{argument.rows} * argument.kv_heads * argument.column_blocks;
   const int64_t slots = table ? table.size[1] * cache.size[1] : cache.size[1];
   const int64_t grid = min(items * ceil_div(max(slots, int64_t{1}), int64_t{kTileSlots}),
                            int64_t{blocks} * call.properties.multiprocessors);
-  const int64_t partials = argument.num_splits == 0 ? 2 * grid : argument.num_splits == 1 ? 0 : items * argument.num_splits;
-  argument.sums = call.allocate_array<float>(partials * argument.columns * kD);
-  argument.stats = call.allocate_array<float>(partials * argument.columns * 2);
+  const int64_t partials = argument.num_splits == 0   ? 2 * grid
+                           : argument.num_splits == 1 ? 0
+                                                      : items * argument.num_splits;
+  argument.sums = call.allocate_array<float>(partials * argument.columns * (kD + 2));
+  argument.stats = argument.sums + partials * argument.columns * kD;
   argument.row_counters = reinterpret_cast<int*>(call.counters(argument.rows + items));
   argument.item_counters = argument.row_counters + argument.rows;
   launch<delta_decode_kernel<T, kD>>(

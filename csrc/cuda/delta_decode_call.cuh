@@ -9,13 +9,13 @@ namespace deltamem::cuda::decode {
 
 inline constexpr int kWarps = 4;
 inline constexpr int kThreads = 32 * kWarps;
-inline constexpr int kSlice = 16;                     // slots of a tile that a warp attends: the M of an mma
-inline constexpr int kTileSlots = kWarps * kSlice;    // tiles begin at multiples of it
-inline constexpr int kMaxTokens = 16;                 // new tokens of a row
-inline constexpr int kMaxStages = 4;                  // tiles under way to a block
-inline constexpr int kBlocksPerMultiprocessor = 2;    // 255 registers a thread allow no more
-inline constexpr int kLongestMerge = 64;              // splits of an item where the kernel chooses
-inline constexpr int kMaxSplits = 256;                // where the caller does
+inline constexpr int kSlice = 16;                   // slots of a tile that a warp attends: the M of an mma
+inline constexpr int kTileSlots = kWarps * kSlice;  // tiles begin at multiples of it
+inline constexpr int kMaxTokens = 16;               // new tokens of a row
+inline constexpr int kMaxStages = 4;                // tiles under way to a block
+inline constexpr int kBlocksPerMultiprocessor = 2;  // 255 registers a thread allow no more
+inline constexpr int kLongestMerge = 64;            // splits of an item where the kernel chooses
+inline constexpr int kMaxSplits = 256;              // where the caller does
 
 // Query columns of an item, kD <= 128: 32, so that the sums, kD x columns over 32 lanes, take 128 registers.
 template <int kD>
@@ -85,12 +85,12 @@ struct BlockState {
 template <class T, int kD>
 struct Shared {
   BlockState* block;
-  float* reads;             // [tokens, HR]
-  float* scratch;           // [kWarps, kD]
-  int2* seen;               // [columns]: slots that a column sees
-  Tile<T, kD> queries;      // [columns]
-  Tile<T, kD> new_k, new_v; // [tokens], prepared, by token
-  T* ring;                  // [kWarps, stages, k and v, kSlice, kD]; between tiles the block's to merge in
+  float* reads;              // [tokens, HR]
+  float* scratch;            // [kWarps, kD]
+  int2* seen;                // [columns]: slots that a column sees
+  Tile<T, kD> queries;       // [columns]
+  Tile<T, kD> new_k, new_v;  // [tokens], prepared, by token
+  T* ring;                   // [kWarps, stages, k and v, kSlice, kD]; between tiles the block's to merge in
   size_t bytes;
 
   DELTAMEM_HD Shared(Carver carver, const Argument& call)

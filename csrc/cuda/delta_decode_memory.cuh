@@ -1,6 +1,6 @@
-// The state over a row's few tokens. A row of S is a recurrence of its own: a few lanes hold it, many rows go by at
-// once, and every block that attends the row replays it, so that none waits for another. Which of them stores the
-// new state, delta_decode.cu says.
+// The state over a row's few tokens. A row of S is a recurrence of its own: a few lanes hold it, many rows go
+// by at once, and every block that attends the row replays it, so that none waits for another. Which of them
+// stores the new state, delta_decode.cu says.
 #pragma once
 
 #include "cuda/delta_decode_schedule.cuh"
@@ -8,8 +8,8 @@
 
 namespace deltamem::cuda::decode {
 
-inline constexpr int kRowLanes = 8;                   // of a row of S
-inline constexpr int kPer = kMaxRank / kRowLanes;     // columns of a lane, at most
+inline constexpr int kRowLanes = 8;                // of a row of S
+inline constexpr int kPer = kMaxRank / kRowLanes;  // columns of a lane, at most
 
 DELTAMEM_DEVICE float sum_of_row(float x) {
 #pragma unroll
@@ -78,11 +78,9 @@ class StepLoader {
   DELTAMEM_DEVICE bool has_lam() const { return m_.lam && m_.update_rule != UpdateRule::no_lambda; }
 
   DELTAMEM_DEVICE void load_columns(const Tensor& x, int64_t batch, int64_t t, float (&y)[kPer]) const {
-    dispatch_float(x.dtype, [&](auto type) {
-      const auto* row = x.at<decltype(type)>(batch, t, h_);
+    const int64_t offset = x.offset(batch, t, h_);
 #pragma unroll
-      for (int n = 0; n < kPer; ++n) y[n] = column(n) < R_ ? ptx::to_float(row[column(n)]) : 0.0f;
-    });
+    for (int n = 0; n < kPer; ++n) y[n] = column(n) < R_ ? load_float(x, offset + column(n)) : 0.0f;
   }
   // Of the row, or shared by the rows.
   DELTAMEM_DEVICE float load_gate(const Tensor& x, int64_t batch, int64_t t) const {
@@ -127,12 +125,13 @@ struct StateTargets {
   }
 };
 
-// reads [tokens, HR], in shared memory, of the row's tokens. Null: the tokens' reads and states go into the caller's
-// tensors instead, zeros for masked tokens' reads; no other block may then read the state.
+// reads [tokens, HR], in shared memory, of the row's tokens. Null: the tokens' reads and states go into the
+// caller's tensors instead, zeros for masked tokens' reads; no other block may then read the state.
 DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads) {
   const Memory& memory = call.p.memory;
   const bool stores = reads == nullptr;
-  const int R = static_cast<int>(memory.mem_q.size[3]), tokens = row.tokens, length = stores ? row.length : tokens;
+  const int R = static_cast<int>(memory.mem_q.size[3]), tokens = row.tokens,
+            length = stores ? row.length : tokens;
   const StateTargets targets{call.p.pool, row};
   for (int first = 0; first < call.HR; first += kThreads / kRowLanes) {
     const int r = first + ptx::thread() / kRowLanes, h = min(r, call.HR - 1) / R, i = min(r, call.HR - 1) % R;

@@ -1,5 +1,5 @@
-// From the warps' shares to results: four warps' make a split's, the splits' in their order the item's. A result is
-// rounded once, here.
+// From the warps' shares to results: four warps' make a split's, the splits' in their order the item's. A
+// result is rounded once, here.
 #pragma once
 
 #include "cuda/delta_decode_tiles.cuh"
@@ -9,7 +9,8 @@ namespace deltamem::cuda::decode {
 template <class T, int kD>
 class Merge {
  public:
-  DELTAMEM_DEVICE Merge(const Argument& call, const Row& row, const Segment& segment, const Shared<T, kD>& shared)
+  DELTAMEM_DEVICE Merge(const Argument& call, const Row& row, const Segment& segment,
+                        const Shared<T, kD>& shared)
       : call_(call), row_(row), segment_(segment), block_(shared.block) {
     sums_ = reinterpret_cast<float*>(shared.ring);
     stats_ = sums_ + kWarps * columns() * kRow;
@@ -26,8 +27,10 @@ class Merge {
         const int column = 8 * n + 2 * (lane % 4) + e;
         float* row = sums_ + (ptx::warp() * columns() + column) * kRow + lane / 4;
 #pragma unroll
-        for (int m = 0; m < kD / 16; ++m) row[16 * m] = sums.out[m][n][e], row[16 * m + 8] = sums.out[m][n][e + 2];
-        if (lane < 4) set_stats(stats_ + 2 * (ptx::warp() * columns() + column), sums.peak[n][e], sums.total[n][e]);
+        for (int m = 0; m < kD / 16; ++m)
+          row[16 * m] = sums.out[m][n][e], row[16 * m + 8] = sums.out[m][n][e + 2];
+        if (lane < 4)
+          set_stats(stats_ + 2 * (ptx::warp() * columns() + column), sums.peak[n][e], sums.total[n][e]);
       }
     }
   }
@@ -61,13 +64,15 @@ class Merge {
     if (segment_.splits == 1) return true;
     ptx::sync_block();
     if (ptx::thread() == 0) {
-      block_->is_last_split = arrive(call_.item_counters + segment_.item, segment_.listed_tiles, segment_.item_tiles);
+      block_->is_last_split =
+          arrive(call_.item_counters + segment_.item, segment_.listed_tiles, segment_.item_tiles);
     }
     ptx::sync_block();
     return block_->is_last_split;
   }
 
-  // The item's result from the partial ones. First the weight of each split in each column, all loads at once.
+  // The item's result from the partial ones. First the weight of each split in each column, all loads at
+  // once.
   DELTAMEM_DEVICE void join_splits() const {
     float* weights = sums_;  // [splits, columns]
     for (int column = ptx::warp(); column < segment_.columns; column += kWarps) {
@@ -125,7 +130,9 @@ class Merge {
 
   DELTAMEM_DEVICE int columns() const { return covered_columns<kD>(segment_.columns); }
   DELTAMEM_DEVICE static float finite(float peak) { return peak == -INFINITY ? 0.0f : peak; }
-  DELTAMEM_DEVICE static void set_stats(float* stats, float peak, float total) { stats[0] = peak, stats[1] = total; }
+  DELTAMEM_DEVICE static void set_stats(float* stats, float peak, float total) {
+    stats[0] = peak, stats[1] = total;
+  }
   DELTAMEM_DEVICE static void add(float (&x)[4], float scale, float4 y) {
     x[0] += scale * y.x, x[1] += scale * y.y, x[2] += scale * y.z, x[3] += scale * y.w;
   }

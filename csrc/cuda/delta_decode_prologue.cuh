@@ -1,5 +1,5 @@
-// Raw rows into what the products take: the item's queries, and the new keys and values whose slots lie in the
-// segment's tiles. Runs while the first tiles are under way.
+// Raw rows into what the products take: the item's queries, and the new keys and values whose slots lie in
+// the segment's tiles. Runs while the first tiles are under way.
 #pragma once
 
 #include "cuda/delta_decode_schedule.cuh"
@@ -9,7 +9,8 @@ namespace deltamem::cuda::decode {
 
 // Where head row (slot, kv_head) of a cache lies.
 template <class T>
-DELTAMEM_DEVICE T* cache_row(const Tensor& cache, const Tensor& block_table, int row, int64_t slot, int kv_head) {
+DELTAMEM_DEVICE T* cache_row(const Tensor& cache, const Tensor& block_table, int row, int64_t slot,
+                             int kv_head) {
   if (!block_table) return cache.at<T>(row, slot, kv_head);
   const int64_t page_size = cache.size[1];
   return cache.at<T>(*block_table.at<int32_t>(row, slot / page_size), slot % page_size, kv_head);
@@ -18,7 +19,8 @@ DELTAMEM_DEVICE T* cache_row(const Tensor& cache, const Tensor& block_table, int
 template <class T, int kD>
 class Prologue {
  public:
-  DELTAMEM_DEVICE Prologue(const Argument& call, const Row& row, const Segment& segment, const Shared<T, kD>& shared)
+  DELTAMEM_DEVICE Prologue(const Argument& call, const Row& row, const Segment& segment,
+                           const Shared<T, kD>& shared)
       : call_(call), row_(row), segment_(segment), shared_(shared) {}
 
   // One warp takes one row after another: the queries' columns, then k and v of each new token in turn.
@@ -32,7 +34,8 @@ class Prologue {
         clear_query(job);
         continue;
       }
-      const Job found = job < columns ? query(job) : fresh(first_new + (job - columns) / 2, (job - columns) % 2);
+      const Job found =
+          job < columns ? query(job) : fresh(first_new + (job - columns) / 2, (job - columns) % 2);
       if (call_.HR == 8) {
         prepare<8>(found);
       } else {
@@ -59,7 +62,8 @@ class Prologue {
     const int head = segment_.kv_head * call_.group + (segment_.first_column + column) % call_.group;
     const KeyRange seen = visible_keys(p.softmax, row_.first_slot + token, {row_.keys_begin, row_.keys_end});
     if (ptx::lane() == 0) shared_.seen[column] = {static_cast<int>(seen.begin), static_cast<int>(seen.end)};
-    return {p.q, p.on_q, &p.rotary, token, head, shared_.queries.at(column, kChannels * ptx::lane()), nullptr};
+    return {p.q,    p.on_q, &p.rotary, token, head, shared_.queries.at(column, kChannels * ptx::lane()),
+            nullptr};
   }
 
   DELTAMEM_DEVICE void clear_query(int column) const {
@@ -78,8 +82,13 @@ class Prologue {
                               row_.first_slot + token, segment_.kv_head);
     }
     T* target = (is_v ? shared_.new_v : shared_.new_k).at(token, kChannels * ptx::lane());
-    return {is_v ? p.v : p.k, is_v ? p.on_v : p.on_k, is_v ? nullptr : &p.attention.attention.rotary,
-            token, segment_.kv_head, target, appended};
+    return {is_v ? p.v : p.k,
+            is_v ? p.on_v : p.on_k,
+            is_v ? nullptr : &p.attention.attention.rotary,
+            token,
+            segment_.kv_head,
+            target,
+            appended};
   }
 
   template <int kHR>
@@ -90,8 +99,8 @@ class Prologue {
     const HeadPreparation<kD, kHR> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
     float y[kChannels];
     preparation.load(job.source.template at<T>(row_.batch, t, job.head), y);
-    preparation.prepare(shared_.reads + job.token * call_.HR, p.norm_eps, job.rotary, {row_.batch, t, position},
-                        shared_.scratch + ptx::warp() * kD, y);
+    preparation.prepare(shared_.reads + job.token * call_.HR, p.norm_eps, job.rotary,
+                        {row_.batch, t, position}, shared_.scratch + ptx::warp() * kD, y);
     store_vector(job.target, y);
     if (job.appended != nullptr) preparation.store(job.appended, y);
   }

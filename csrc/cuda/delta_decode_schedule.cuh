@@ -1,8 +1,8 @@
 // Which block walks which keys: found on the device, from the lengths and the grid.
 //
-// The tiles of all items, an item being (row, kv head, block of query columns), stand in one list, row by row. Block b
-// of the grid has the range [b, b + 1) * per_block of it: batches of any lengths are balanced to a tile. Items
-// are cut into splits, and a block walks those that begin in its range:
+// The tiles of all items, an item being (row, kv head, block of query columns), stand in one list, row by
+// row. Block b of the grid has the range [b, b + 1) * per_block of it: batches of any lengths are balanced to
+// a tile. Items are cut into splits, and a block walks those that begin in its range:
 //
 //     num_splits = 0   at the ranges' ends: each block has one split or a few whole items
 //     num_splits = n   into n splits of equal length, wherever they lie in the list: a row's bits are its own

@@ -1,11 +1,11 @@
-// A segment's keys under its queries. Each warp has 16 slots of every tile to itself: its own ring of copies under
-// way, its own online softmax; warps meet when the segment ends. Tokens are the M of the products, query
-// columns the N:
+// A segment's keys under its queries. Each warp has 16 slots of every tile to itself: its own ring of copies
+// under way, its own online softmax; warps meet when the segment ends. Tokens are the M of the products,
+// query columns the N:
 //
 //     S^T [16 slots, columns] = K Q^T      O^T [kD, columns] += V^T P^T
 //
-// so that few columns waste nothing, the sums of a softmax are sums over lanes 4, 8 and 16 apart, and P goes from the
-// first product to the second through movmatrix, in registers.
+// so that few columns waste nothing, the sums of a softmax are sums over lanes 4, 8 and 16 apart, and P goes
+// from the first product to the second through movmatrix, in registers.
 #pragma once
 
 #include "cuda/delta_decode_schedule.cuh"
@@ -46,7 +46,7 @@ class SliceLoader {
   }
 
  private:
-  static constexpr int kChunks = kD / 8;           // of a row
+  static constexpr int kChunks = kD / 8;  // of a row
   static constexpr int kRowsAtOnce = 32 / kChunks;
 
   DELTAMEM_DEVICE bool is_filled(int slot) const { return begin_ <= slot && slot < end_; }
@@ -92,15 +92,16 @@ class SliceLoader {
 
   const Argument& call_;
   const int row_, head_;
-  int left_;        // tiles whose keys are to be copied
-  int first_;       // slot of the tile at hand
+  int left_;               // tiles whose keys are to be copied
+  int first_;              // slot of the tile at hand
   const int begin_, end_;  // of the slots in the cache; new ones are not there yet
-  int page_;        // of the lane's slot in the next tile
+  int page_;               // of the lane's slot in the next tile
   int64_t v_offset_ = 0;
 };
 
-// A warp's share of an item: sums O^T [kD, 8 kN], and of each column the peak and the total of weights. A lane has
-// channels lane / 4 (+ 8) of every 16, columns 2 (lane % 4) + {0, 1} of every 8; totals are its slots' alone.
+// A warp's share of an item: sums O^T [kD, 8 kN], and of each column the peak and the total of weights. A
+// lane has channels lane / 4 (+ 8) of every 16, columns 2 (lane % 4) + {0, 1} of every 8; totals are its
+// slots' alone.
 template <int kD, int kN>
 struct Sums {
   float out[kD / 16][kN][4];
@@ -240,7 +241,8 @@ class Attention {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         s[n][i] *= factor;  // cap tanh(x / cap) by 2^x
-        if (cap > 0.0f) s[n][i] = cap - __fdividef(2.0f * cap, 1.0f + ptx::exp2(s[n][i] * (2.0f / softmax.softcap)));
+        if (cap > 0.0f)
+          s[n][i] = cap - __fdividef(2.0f * cap, 1.0f + ptx::exp2(s[n][i] * (2.0f / softmax.softcap)));
       }
       if (!masked) continue;
 #pragma unroll

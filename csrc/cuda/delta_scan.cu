@@ -19,15 +19,14 @@ struct ReplayShape : LaneShape<kRP> {
 template <class S>
 struct ReplayMemory {
   Segment* segments;
-  Chunk chunks[2];
+  float* chunks;  // two of 5 arrays
   size_t bytes;
 
-  DELTAMEM_HD explicit ReplayMemory(Carver carver) : segments(carver.take<Segment>(S::kUnits)) {
-    for (Chunk& x : chunks) {
-      for (float** array : {&x.q, &x.k, &x.keep, &x.erase, &x.put}) *array = carver.take<float>(kChunkFloats);
-    }
-    bytes = carver.used();
-  }
+  DELTAMEM_HD explicit ReplayMemory(Carver carver)
+      : segments(carver.take<Segment>(S::kUnits)),
+        chunks(carver.take<float>(2 * 5 * kChunkFloats)),
+        bytes(carver.used()) {}
+  DELTAMEM_DEVICE Chunk chunk(int i) const { return Chunk(chunks + i % 2 * 5 * kChunkFloats); }
 };
 
 // One lane's part of a row of S, and where it goes.
@@ -105,20 +104,9 @@ class ReplayLane {
   float s_[S::kColumns];
 };
 
-// reads <- 0 for the tokens of a packed batch that belong to no sequence, in turns over all threads.
-DELTAMEM_DEVICE void clear_past_end(const ScanArgs& p, int threads) {
-  if (!p.rows.cu_seqlens) return;
-  const int64_t end = packed_end(p.rows), step = ptx::num_blocks() * threads;
-  const int H = p.plan.heads, R = p.plan.rank;
-  for (int64_t i = ptx::block() * threads + ptx::thread(); i < (p.plan.tokens - end) * H * R; i += step) {
-    const int64_t row = i / R;
-    p.reads.at<float>(0, end + row / H, row % H)[i % R] = 0.0f;
-  }
-}
-
 // Block: kUnits segments of heads.
 template <int RP>
-__global__ void __launch_bounds__(ReplayShape<RP>::kThreads)
+__global__ void __launch_bounds__(ReplayShape<RP>::kThreads, RP == 64 ? 1 : 3)
     replay_kernel(const __grid_constant__ ScanArgs p) {
   using S = ReplayShape<RP>;
   const ReplayMemory<S> shared(Carver::of_block());
@@ -131,7 +119,7 @@ __global__ void __launch_bounds__(ReplayShape<RP>::kThreads)
     const int own = producer / (S::kPieces * S::kUnits);  // token of every chunk
     const TokenLoader<S::kPieces> loader(p.memory, p.rows, shared.segments[unit], producer % S::kPieces);
     for (int c = 0; c < chunks; ++c) {
-      stage_token<true>(p.memory, loader, c * S::kChunk + own, shared.chunks[c % 2], producer * kPiece);
+      stage_token<true>(p.memory, loader, c * S::kChunk + own, shared.chunk(c), producer * kPiece);
       ptx::sync_named(1, S::kThreads);
     }
     ptx::wait_for_previous_kernel();
@@ -143,11 +131,11 @@ __global__ void __launch_bounds__(ReplayShape<RP>::kThreads)
     for (int c = 0; c < chunks; ++c) {
       ptx::sync_named(1, S::kThreads);
       const int left = count - c * S::kChunk;
-      lane.replay(shared.chunks[c % 2], c * S::kChunk, left < S::kChunk ? left : S::kChunk, unit * RP);
+      lane.replay(shared.chunk(c), c * S::kChunk, left < S::kChunk ? left : S::kChunk, unit * RP);
     }
     lane.finish();
   }
-  clear_past_end(p, S::kThreads);
+  clear_past_end(p, p.reads, S::kThreads);
 }
 
 template <int RP>

@@ -36,6 +36,10 @@ struct MapShape {
   // In shared memory the rows' matrices stand 4 floats apart, so that lanes of 8 rows read from all banks.
   static constexpr int kMatrixPitch = RP * RP + 4;
   static constexpr int kSharedSize = kMatrices * kMatrixPitch + RP * RP;
+  // Tokens and maps take turns in one piece of it; kRound maps at a time.
+  static constexpr int kChunks = 2 * 5 * kChunkFloats, kMaps = kUnits * kSharedSize;
+  static constexpr int kWork = kChunks > kMaps ? kChunks : kMaps;
+  static constexpr int kRound = kWork / kSharedSize;
   static constexpr int kComposers = kOneMap ? 2 * RP : RP * (RP + 1);  // vectors of a map
   static_assert(kComposers <= kThreads && kConsumers % 32 == 0);
 };
@@ -50,17 +54,10 @@ struct MapMemory {
   DELTAMEM_HD explicit MapMemory(Carver carver)
       : segments(carver.take<Segment>(S::kUnits)),
         arrived(carver.take<int>(1)),
-        work(carver.take<float>(work_floats())),
+        work(carver.take<float>(S::kWork)),
         bytes(carver.used()) {}
 
-  DELTAMEM_HD static constexpr int work_floats() {
-    const int chunks = 2 * 5 * kChunkFloats, maps = S::kUnits * S::kSharedSize;
-    return chunks > maps ? chunks : maps;
-  }
-  DELTAMEM_DEVICE Chunk chunk(int i) const {
-    float* x = work + i % 2 * 5 * kChunkFloats;
-    return {x, x + kChunkFloats, x + 2 * kChunkFloats, x + 3 * kChunkFloats, x + 4 * kChunkFloats};
-  }
+  DELTAMEM_DEVICE Chunk chunk(int i) const { return Chunk(work + i % 2 * 5 * kChunkFloats); }
   DELTAMEM_DEVICE float* map(int i) const { return work + i * S::kSharedSize; }
 };
 
@@ -118,7 +115,7 @@ template <class S, bool kReverse>
 DELTAMEM_DEVICE void map_tokens(const Chunk& chunk, int count, int place, int row, bool has_bias,
                                 float (&x)[S::kVectors][S::RP]) {
   constexpr int RP = S::RP;
-#pragma unroll 2
+#pragma unroll(RP == 8 ? 2 : 1)
   for (int t = 0; t < count; ++t, place += S::kPitch) {
     float k[RP];
     load_row(chunk.k + place, k);
@@ -199,15 +196,15 @@ DELTAMEM_DEVICE bool arrive_last(uint32_t* counter, int members, int* arrived) {
   return last;
 }
 
-// The running products of a supergroup's groups; with kUnits maps in shared memory at a time.
+// The running products of a supergroup's groups; with kRound maps in shared memory at a time.
 template <class S, bool kReverse>
 DELTAMEM_DEVICE void compose_groups(const ScanArgs& p, const Tree& tree, int supergroup, int head,
                                     const MapMemory<S>& shared) {
   const Members groups = members_of(supergroup, kSupergroup, tree.groups);
   Composer<S> composer(ptx::thread());
-  for (int begin = 0; begin < groups.count; begin += S::kUnits) {
+  for (int begin = 0; begin < groups.count; begin += S::kRound) {
     ptx::sync_block();
-    const int end = groups.count < begin + S::kUnits ? groups.count : begin + S::kUnits;
+    const int end = groups.count < begin + S::kRound ? groups.count : begin + S::kRound;
     for (int i = begin; i < end; ++i) {
       const Members segments = members_of(groups.nth<kReverse>(i), S::kUnits, tree.segments);
       const int slot = tree.segment_slot + segments.nth<kReverse>(segments.count - 1);
@@ -241,9 +238,9 @@ DELTAMEM_DEVICE void carry_supergroups(const ScanArgs& p, const Tree& tree, cons
   const Members supergroups = {0, tree.supergroups};
   float s[RP];
   if (row < RP) load_start(p, own, row, 0, s);
-  for (int begin = 0; begin < tree.supergroups; begin += S::kUnits) {
+  for (int begin = 0; begin < tree.supergroups; begin += S::kRound) {
     ptx::sync_block();
-    const int end = tree.supergroups < begin + S::kUnits ? tree.supergroups : begin + S::kUnits;
+    const int end = tree.supergroups < begin + S::kRound ? tree.supergroups : begin + S::kRound;
     for (int i = begin; i < end && i + 1 < tree.supergroups; ++i) {  // nothing starts behind the last
       const Members groups = members_of(supergroups.nth<kReverse>(i), kSupergroup, tree.groups);
       const int slot = tree.group_slot + groups.nth<kReverse>(groups.count - 1);
@@ -262,7 +259,7 @@ DELTAMEM_DEVICE void carry_supergroups(const ScanArgs& p, const Tree& tree, cons
 
 // Block: a group of segments of one head.
 template <int RP, bool kOneMap, bool kReverse>
-__global__ void __launch_bounds__(MapShape<RP, kOneMap>::kThreads)
+__global__ void __launch_bounds__(MapShape<RP, kOneMap>::kThreads, RP == 8 ? 2 : 1)
     maps_kernel(const __grid_constant__ ScanArgs p) {
   using S = MapShape<RP, kOneMap>;
   ptx::let_next_kernel_start();
