@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo recall test emulated emulate-sanitize static static-cuda static-triton lint format sanitize bench clean \
+.PHONY: demo recall test emulated emulate-sanitize emulate-races static static-cuda static-triton lint format sanitize bench clean \
   gpu gpu-test gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck gpu-bench
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
@@ -53,6 +53,10 @@ emulate-sanitize: emulated
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  ../$(BIN)/pytest -k "cuda and not compile" .
+
+# Every op of the CUDA backend, and the planted mistakes, under ThreadSanitizer alone.
+emulate-races: emulated
+	cd tests && ../$(BIN)/pytest -k "race or thread_sanitizer" test_emulation.py
 
 # Without a GPU. CUDA: the launches of its tests, with shared memory as a GPU has it, then every kernel compiled for every
 # GPU. Triton: every configuration that its launchers pick, for every GPU.

@@ -116,6 +116,21 @@ def test_exp2(run):
     assert np.array_equal(got[:9], [0, 0, 0, 0, 1, 1, np.inf, np.inf, np.nan], equal_nan=True)
 
 
+def test_reciprocal(run):
+    x = floats((random_words(1 << 14, 1) % (252 << 23)) + (1 << 23))  # 1 / x is normal, too
+    x = np.concatenate([x, -x])
+    got = floats(run("reciprocal", words(x), 256))
+    assert (np.abs(got.astype(np.float64) * x - 1) <= 2.0**-22.9).all()
+    special = np.float32([np.inf, -np.inf, 0, np.nan] * 8)[:, None]
+    got = floats(run("reciprocal", words(special)))
+    assert np.array_equal(got, np.float32([0, 0, np.inf, np.nan] * 8)[:, None], equal_nan=True)
+
+
+def test_first_bit(run):
+    bits = np.arange(32, dtype=np.uint32)[:, None]
+    assert np.array_equal(run("first_bit", np.uint32(0xA5A5A5A5) << bits | np.uint32(1) << bits), bits)
+
+
 # ---- threads -------------------------------------------------------------------------------------------------
 
 

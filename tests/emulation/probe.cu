@@ -70,6 +70,14 @@ struct Exp2 {
   static constexpr int kIn = 1, kOut = 1;
   static DELTAMEM_DEVICE void run(Row r, uint4*) { r.out[0] = as_bits(ptx::exp2(as_float(r.in[0]))); }
 };
+struct Reciprocal {
+  static constexpr int kIn = 1, kOut = 1;
+  static DELTAMEM_DEVICE void run(Row r, uint4*) { r.out[0] = as_bits(ptx::reciprocal(as_float(r.in[0]))); }
+};
+struct FirstBit {
+  static constexpr int kIn = 1, kOut = 1;
+  static DELTAMEM_DEVICE void run(Row r, uint4*) { r.out[0] = ptx::first_bit(r.in[0]); }
+};
 
 // ---- threads ---------------------------------------------------------------------------------------------
 
@@ -301,6 +309,8 @@ const Entry kEntries[] = {
     entry<Unpack<bf16>>("unpack<bf16>"),
     entry<Unpack<f16>>("unpack<f16>"),
     entry<Exp2>("exp2"),
+    entry<Reciprocal>("reciprocal"),
+    entry<FirstBit>("first_bit"),
     entry<Place>("place"),
     entry<Exchange<SyncBlock>>("sync_block"),
     entry<Exchange<SyncWarp>>("sync_warp"),
