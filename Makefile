@@ -1,8 +1,9 @@
 # make demo   install, benchmark decode throughput here, and stream a text through delta-mem layers
+# make recall train a tiny model's delta-mem to remember, and show what it recalls with its context gone
 # make test   install, lint, and run every test against the installed wheel
-# make static every Triton kernel compiled for every supported GPU, without one: registers, spills, instructions
+# make static every Triton and CUDA kernel compiled for every supported GPU, without one: registers, spills, instructions
 # make gpu    where a CUDA device is: test, compute-sanitizer and benchmark on it, without a network
-# The rest: make lint, format, sanitize, bench, clean.
+# The rest: make lint, format, sanitize, emulate-sanitize, bench, clean.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +13,8 @@ BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc deltamem_kernels triton_ops -name '*.[ch]*' -o -name '*.py')
 CXX_SOURCES := $(shell find csrc tests/emulation -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test emulated emulate-sanitize static static-cuda static-triton lint format sanitize bench gpu gpu-test gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck gpu-bench clean
+.PHONY: demo recall test emulated emulate-sanitize emulate-races static static-cuda static-triton lint format sanitize bench clean \
+  gpu gpu-test gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck gpu-bench
 
 # The package is installed as a wheel, built in isolation, so what runs is what a user gets.
 $(VENV)/installed: $(SOURCES)
@@ -26,6 +28,10 @@ demo: $(VENV)/installed
 	mkdir -p demo
 	$(BIN)/python bench/decode.py --output demo/decode.json
 	$(BIN)/python examples/stream_text.py
+
+# Two runs at a time on two cores. A second start goes on where the first one ended.
+recall: $(VENV)/installed
+	$(BIN)/python examples/recall.py --output demo/recall
 
 # From tests/, so that the source tree cannot stand in for the wheel.
 test: lint emulated
@@ -47,6 +53,10 @@ emulate-sanitize: emulated
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  ../$(BIN)/pytest -k "cuda and not compile" .
+
+# Every op of the CUDA backend, and the planted mistakes, under ThreadSanitizer alone.
+emulate-races: emulated
+	cd tests && ../$(BIN)/pytest -k "race or thread_sanitizer" test_emulation.py
 
 # Without a GPU. CUDA: the launches of its tests, with shared memory as a GPU has it, then every kernel compiled for every
 # GPU. Triton: every configuration that its launchers pick, for every GPU.
@@ -76,7 +86,7 @@ format: $(VENV)/installed
 SANITIZED := build/sanitized
 sanitize: $(VENV)/installed
 	rm -rf $(SANITIZED)
-	DELTAMEM_SANITIZE=address,undefined $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
+	DELTAMEM_CUDA=0 DELTAMEM_SANITIZE=address,undefined $(BIN)/python -m pip install --quiet --no-deps --target $(SANITIZED) .
 	cd tests && PYTHONPATH=$(CURDIR)/$(SANITIZED) \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
@@ -84,7 +94,7 @@ sanitize: $(VENV)/installed
 
 bench: $(VENV)/installed
 	mkdir -p bench/results
-	for name in scan decode prefill training host; do \
+	for name in scan decode prefill training training_step host; do \
 	  $(BIN)/python bench/$$name.py --output bench/results/$$name.json || exit 1; done
 
 # On a machine with a CUDA device. Nothing is downloaded and no environment is made: GPU_PYTHON names a Python that has
@@ -112,7 +122,15 @@ $(GPU_BUILD)/installed: $(SOURCES)
 	  $(GPU_PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps --target $(GPU_BUILD) .
 	touch $@
 
-gpu-test: $(GPU_BUILD)/installed
+# Each word of ptx.cuh by itself, for tests/test_ptx.py.
+PROBE_SOURCES := csrc/cuda/ptx.cuh csrc/cuda/shared_memory.cuh $(wildcard tests/emulation/probe*)
+$(GPU_BUILD)/probe: $(GPU_BUILD)/installed $(PROBE_SOURCES)
+	nvcc -std=c++20 -O3 -arch=native -Icsrc -Itests/emulation $$($(GPU_PYTHON) -m pybind11 --includes) \
+	  -cudart static -shared -Xcompiler -fPIC,-fvisibility=hidden $(filter %/probe.cu %/probe_module.cpp,$(PROBE_SOURCES)) \
+	  -o $(GPU_BUILD)/_probe$$($(GPU_PYTHON) -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))")
+	touch $@
+
+gpu-test: $(GPU_BUILD)/installed $(GPU_BUILD)/probe
 	cd tests && DELTAMEM_TEST_BACKENDS=reference,cpu,triton,cuda \
 	  $(GPU_RUN) -m pytest -m gpu --durations=8 $(PYTEST_ARGS) $(GPU_TESTS)
 
@@ -126,11 +144,12 @@ gpu-memcheck gpu-racecheck gpu-synccheck gpu-initcheck: gpu-%: $(GPU_BUILD)/inst
 	cd tests && PYTHONPATH=$(GPU_BUILD) TRITON_INTERPRET=0 $(SANITIZER) --tool $* --error-exitcode 9 \
 	  $(GPU_PYTHON) -m pytest -m gpu test_gpu.py -k "public_api and $(CHECKED)"
 
-GPU_OPTIONS_decode := --batches 1 4 16
-GPU_OPTIONS_prefill := --tokens 2048 8192 32768
-GPU_OPTIONS_training := --tokens 2048 8192
-GPU_OPTIONS_host := --backend triton
-gpu-bench: $(addprefix gpu-bench-,scan decode prefill training host)
+GPU_OPTIONS_scan := --backend cuda --against triton
+GPU_OPTIONS_decode := --batches 1 4 16 --backends cuda triton
+GPU_OPTIONS_prefill := --tokens 2048 8192 32768 --backend cuda --against triton
+GPU_OPTIONS_training := --tokens 2048 8192 --backend cuda --against triton
+GPU_OPTIONS_host := --backend cuda
+gpu-bench: $(addprefix gpu-bench-,scan decode prefill training training_step host)
 
 gpu-bench-%: $(GPU_BUILD)/installed
 	mkdir -p bench/results

@@ -35,7 +35,7 @@ class Run:
 
     def __init__(self, model, prompt, capacity, static):
         import transformers
-        from generate_models import reset
+        from generate_models import cache_keyword, reset
 
         reset(model)
         self.model, self.prompt = model, prompt
@@ -43,13 +43,14 @@ class Run:
             self.cache = transformers.StaticCache(config=model.config, max_cache_len=capacity)
         else:
             self.cache = transformers.DynamicCache(config=model.config)
+        self.held = {cache_keyword(model.forward): self.cache}
         self.marks = []  # [start, end] of the prefill and of every step
         self.token = prompt
 
     def advance(self, times: int) -> None:
         start = self._mark()
         for _ in range(times):
-            result = self.model(self.token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            result = self.model(self.token, **self.held, use_cache=True, logits_to_keep=1)
             self.token = result.logits[:, -1:].argmax(-1)
             end = self._mark()
             self.marks.append((start, end))
@@ -191,7 +192,7 @@ def main() -> None:
     subject = options.model or f"random weights of {options.geometry}"
     timing.print_header(f"generate: {subject}, batch 1, {options.cache} cache", env)
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():  # parameters made under inference mode count no versions: they would be packed at every call
         model = backbone(options.geometry, options.model, options.layers, dtype, device)
         memories = Memories(model, options.adapter)
         env["gate"] = check(model, memories, dtype)
@@ -200,6 +201,7 @@ def main() -> None:
         models = variants(model, memories)
         if options.rows:
             models = {name: m for name, m in models.items() if any(part in name for part in options.rows)}
+    with torch.inference_mode():
         table = timing.Table(COLUMNS)
         new, static = max(options.new), options.cache == "static"
         positions = getattr(model.config, "max_position_embeddings", None)

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from deltamem_kernels import fused_delta_attention_with_kvcache, hf
 from deltamem_kernels.hf import attention, generic
-from deltamem_kernels.hf.cache import memory_layer
+from deltamem_kernels.hf.cache import cache_keyword, given_cache, memory_layer
 from deltamem_kernels.hf.memory import Packed
 
 STOCK, FROZEN, EAGER, FUSED = "stock, SDPA", "our attention, no memory", "delta-mem, eager torch", "delta-mem, fused"
@@ -137,16 +137,15 @@ def without_memory(model):
 _NO_CORRECTIONS = Packed(None, None, None, {}, None)
 
 
-def _forward_without_memory(
-    module, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kw
-):
+def _forward_without_memory(module, hidden_states, position_embeddings, attention_mask=None, **kw):
     """``hf.attention.forward`` less its memory."""
     call = generic.current_call(module, kw)
     shape = (*hidden_states.shape[:2], -1, module.head_dim)
     q, k, v = (p(hidden_states).view(shape) for p in (module.q_proj, module.k_proj, module.v_proj))
     arguments = attention._layer_arguments(module, call, _NO_CORRECTIONS, position_embeddings, hidden_states.shape[0])
-    layer = memory_layer(past_key_values, module.layer_idx)
-    keys, values, filled, _, refill = attention._append(layer, past_key_values, module.layer_idx, k, v, call)
+    cache = given_cache(kw)
+    layer = memory_layer(cache, module.layer_idx)
+    keys, values, filled, _, refill = attention._append(layer, cache, module.layer_idx, k, v, call)
     if refill:
         raise NotImplementedError("bench: cache must be dynamic for a model with sliding windows, got static")
     out = fused_delta_attention_with_kvcache(q, keys, values, k, v, cache_seqlens=filled, **arguments).out
@@ -160,7 +159,7 @@ class EagerMemory:
     """Hooks on a stock attention module that add a memory; its state lives here."""
 
     def __init__(self, module, memory):
-        self.memory, self.state, self.reads = memory, None, None
+        self.memory, self.state, self.reads, self.write = memory, None, None, True
         module.register_forward_pre_hook(self.read, with_kwargs=True)
         for head in memory.config.delta_heads:
             projection = getattr(module, f"{head}_proj")
@@ -171,7 +170,10 @@ class EagerMemory:
         self.packed = self.memory.packed(hidden.dtype)
         projected = self.memory.project(self.packed, hidden, True)._asdict()
         inputs = eager.memory_inputs(projected | {"beta_bias": self.packed.beta_bias})
-        self.reads, self.state = eager.scan_loop(*inputs, self.state)
+        if self.write:
+            self.reads, self.state = eager.scan_loop(*inputs, self.state)
+        else:
+            self.reads = torch.einsum("bhij,bthj->bthi", self.state, inputs[0])
 
     def correct(self, head, out):
         delta = self.packed.deltas.get(head)
@@ -232,5 +234,6 @@ def hidden(model, inputs):
     """Last hidden states ``[1, T, hidden]`` of a prefill and of one token after another."""
     reset(model)
     decoder, cache = model.get_decoder(), DynamicCache(config=model.config)
+    held = {cache_keyword(decoder.forward): cache}
     parts = [inputs[:, :GATE_TOKENS], *inputs[:, GATE_TOKENS:].split(1, 1)]
-    return torch.cat([decoder(inputs_embeds=x, past_key_values=cache).last_hidden_state for x in parts], 1)
+    return torch.cat([decoder(inputs_embeds=x, **held).last_hidden_state for x in parts], 1)

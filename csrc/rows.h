@@ -47,8 +47,17 @@ DELTAMEM_HD bool is_masked(const Rows& rows, int64_t batch, int64_t token) {
 
 // Tokens of a span that its mask leaves, where only a tail may be masked.
 DELTAMEM_HD int64_t unmasked_length(const Rows& rows, const Span& span) {
-  int64_t length = span.length;
-  while (length > 0 && is_masked(rows, span.batch, span.start + length - 1)) --length;
+  if (!rows.token_mask) return span.length;
+  int64_t length = 0,
+          masked = span.length;  // tokens below `length` are not masked, those from `masked` on are
+  while (length < masked) {
+    const int64_t middle = (length + masked) / 2;
+    if (is_masked(rows, span.batch, span.start + middle)) {
+      masked = middle;
+    } else {
+      length = middle + 1;
+    }
+  }
   return length;
 }
 

@@ -102,9 +102,8 @@ def delta_scan(
         debug.cu_seqlens("delta_scan", cu_seqlens, mem_q.shape[1], None)
     memory = Memory(*memory_4d(mem_q, mem_k, mem_v, beta, lam), beta_bias, lam_bias)
     if _needs_grad(*memory, initial_state):
-        results = autograd.DeltaScan.apply(
-            key is not None, plan.backend, scan, token_mask, cu_seqlens, initial_state, *memory
-        )
+        call = (key is not None, plan.backend, scan)
+        results = autograd.DeltaScan.apply(call, token_mask, cu_seqlens, initial_state, *memory)
     else:
         kernels = plans.kernels(key is not None, plan.backend)
         results = fused.scan_forward(kernels, memory, scan, initial_state, token_mask, cu_seqlens, False)[:2]

@@ -10,55 +10,57 @@ from deltamem_kernels import fused
 from deltamem_kernels.plans import kernels
 
 
+def _once(backward):
+    """torch's ``once_differentiable``, entered only where a graph of the gradients is asked for: it takes its time."""
+    checked = once_differentiable(backward)
+
+    def run(ctx, *cotangents):
+        return (checked if torch.is_grad_enabled() else backward)(ctx, *cotangents)
+
+    return run
+
+
 def _given(grads, inputs):
-    """Gradients with None where the input is absent (ops return an empty tensor there)."""
+    """Gradients with None where the input is absent (ops return an empty tensor there, launchers perhaps None)."""
     return [None if x is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
-def _dense(*cotangents):
-    """Cotangents as ops take tensors: of a sum, say, they come expanded along their last dimension."""
-    return [g if g is None or g.stride(-1) == 1 else g.contiguous() for g in cotangents]
+def _dense(cotangent):
+    """A cotangent as ops take tensors: of a sum, say, it comes expanded along its last dimension."""
+    return cotangent if cotangent is None or cotangent.stride(-1) == 1 else cotangent.contiguous()
 
 
 class DeltaScan(torch.autograd.Function):
+    """``call``: (direct, backend, scan), one argument because torch looks at each."""
+
     @staticmethod
-    def forward(ctx, direct, backend, scan, token_mask, cu_seqlens, initial_state, *memory):
+    def forward(ctx, call, token_mask, cu_seqlens, initial_state, *memory):
         ctx.set_materialize_grads(False)
+        direct, backend, scan = ctx.call = call
         reads, final_state, tape = fused.scan_forward(
             kernels(direct, backend), memory, scan, initial_state, token_mask, cu_seqlens, True
         )
-        ctx.direct, ctx.backend, ctx.scan = direct, backend, scan
-        ctx.save_for_backward(token_mask, cu_seqlens, initial_state, tape, *memory)
+        ctx.save_for_backward(tape, token_mask, cu_seqlens, initial_state, *memory)
         return reads, final_state
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dreads, dfinal_state):
-        token_mask, cu_seqlens, initial_state, tape, *memory = ctx.saved_tensors
         if dreads is None and dfinal_state is None:
-            return (None,) * 13
-        cotangents = _dense(dreads, dfinal_state)
-        grads = _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, *cotangents)
-        return *(None,) * 5, *grads
+            return (None,) * 11
+        grads = _scan_grads(ctx.call, *ctx.saved_tensors, dreads=_dense(dreads), dfinal_state=_dense(dfinal_state))
+        return None, None, None, *grads
 
 
-def _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state):
+def _scan_grads(call, tape, token_mask, cu_seqlens, initial_state, *memory, dreads, dfinal_state):
     """-> gradients of (initial_state, mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias)"""
-    mem_q, mem_k, mem_v, beta, lam, beta_bias, lam_bias = memory
+    direct, backend, scan = call
     grads = fused.scan_backward(
-        kernels(ctx.direct, ctx.backend),
-        memory,
-        ctx.scan,
-        initial_state,
-        token_mask,
-        cu_seqlens,
-        tape,
-        dreads,
-        dfinal_state,
+        kernels(direct, backend), memory, scan, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state
     )
-    inputs = (mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias)
-    dq, dk, dv, dbeta, dlam, dstate, dbeta_bias, dlam_bias = _given(grads, inputs)
-    return dstate, dq, dk, dv, dbeta, dlam, dbeta_bias, dlam_bias
+    *tokens, beta_bias, lam_bias = memory
+    *dtokens, dstate, dbeta_bias, dlam_bias = _given(grads, (*tokens, initial_state, beta_bias, lam_bias))
+    return dstate, *dtokens, dbeta_bias, dlam_bias
 
 
 class FusedDeltaAttention(torch.autograd.Function):
@@ -91,13 +93,13 @@ class FusedDeltaAttention(torch.autograd.Function):
         return out, reads, final_state, lse
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dout, dreads, dfinal_state, dlse):
         (
             token_mask, cu_seqlens, positions, q, k, v, delta_q, delta_k, delta_v, q_norm_weight, k_norm_weight,
             rotary_cos, rotary_sin, initial_state, k_prep, v_prep, out, lse, reads, tape, *memory,
         ) = ctx.saved_tensors  # fmt: skip
-        dout, dreads, dfinal_state = _dense(dout, dreads, dfinal_state)
+        dout, dreads, dfinal_state = _dense(dout), _dense(dreads), _dense(dfinal_state)
         attention_grads = [None] * 11
         if dout is not None:
             fix = fused.Corrections(
@@ -113,7 +115,10 @@ class FusedDeltaAttention(torch.autograd.Function):
             dreads = dreads_prep if dreads is None else dreads + dreads_prep
         scan_grads = [None] * 8
         if dreads is not None or dfinal_state is not None:
-            scan_grads = _scan_grads(ctx, memory, initial_state, token_mask, cu_seqlens, tape, dreads, dfinal_state)
+            scan_grads = _scan_grads(
+                (ctx.direct, ctx.backend, ctx.scan), tape, token_mask, cu_seqlens, initial_state, *memory,
+                dreads=dreads, dfinal_state=dfinal_state,
+            )  # fmt: skip
         return (*[None] * 10, dq, dk, dv, *dfix, *scan_grads)
 
 
@@ -125,10 +130,10 @@ class DeltaOutput(torch.autograd.Function):
         return kernels(direct, backend)["delta_output_fwd"](attn_proj, reads, delta_o, rms_weight, rms_eps, residual)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx, dy):
         reads, delta_o, rms_weight = ctx.saved_tensors
-        (dy,) = _dense(dy)
+        dy = _dense(dy)
         grads = kernels(ctx.direct, ctx.backend)["delta_output_bwd"](dy, reads, delta_o, rms_weight, ctx.rms_eps)
         dreads, ddelta_o, drms_weight = _given(grads, (reads, delta_o, rms_weight))
         dresidual = dy if ctx.needs_input_grad[7] else None

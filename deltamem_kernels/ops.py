@@ -3,7 +3,7 @@
 An op's name says the mathematics, its overload says who computes it: ``deltamem::delta_scan_fwd.cpu``.
 Every backend fills the same schema from the function of the same name in its own room, imported when the
 op first runs. Shapes and letters are those of ``api.py``; memory tensors are 4-D here. An absent result
-(the gradient of an absent input) is an empty tensor.
+(the gradient of an absent input) is an empty tensor; a launcher may return None for it.
 """
 
 import functools
@@ -253,6 +253,19 @@ def _lazy(op: str, backend: str) -> Callable:
     return run_on_their_device if backend == "triton" else run  # Triton launches on the current device
 
 
+def _as_op(launcher: Callable) -> Callable:
+    """The launcher with an empty tensor for each result that it leaves None."""
+
+    def run(*args):
+        results = launcher(*args)
+        if isinstance(results, tuple) and any(x is None for x in results):
+            given = next(x for x in results if x is not None)
+            results = tuple(given.new_empty(0) if x is None else x for x in results)
+        return results
+
+    return run
+
+
 _LIBRARY = torch.library.Library("deltamem", "DEF")
 
 # backend -> op -> the launcher, and the op overload ``deltamem::<op>.<backend>`` that dispatches to it
@@ -266,7 +279,7 @@ for _backend, _launchers in LAUNCHERS.items():
         _, _arguments, _results = SCHEMAS[_op]
         _name = f"{_op}.{_backend}"
         _LIBRARY.define(f"{_name}({_arguments}) -> {_results}", tags=torch.Tag.pt2_compliant_tag)
-        _LIBRARY.impl(_name, _launcher, "CompositeExplicitAutograd")
+        _LIBRARY.impl(_name, _as_op(_launcher), "CompositeExplicitAutograd")
         torch.library.register_fake(f"deltamem::{_name}", _FAKES.get(_op, _fake_in_place), lib=_LIBRARY)
         OVERLOADS[_backend][_op] = getattr(getattr(torch.ops.deltamem, _op), _backend)
 

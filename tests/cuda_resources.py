@@ -127,7 +127,7 @@ def main() -> None:
         kernels[kernel.name].append(kernel)
     heads = " ".join(f"{'sm_' + arch:>9}" for arch in options.archs)
     lines = [
-        "Registers of a thread (! spills); blocks x warps that live on a multiprocessor; shared memory in KiB a block.\n",
+        "Registers of a thread (! spills); blocks x warps that a multiprocessor holds; KiB of shared memory a block.\n",
         f"{'kernel':<58} {'threads':>7} {'shared':>7} {heads}",
     ]
     faults = []

@@ -146,6 +146,36 @@ BAD_FILES = {
 }
 
 
+def _as_safetensors(change):
+    """The damage, in a folder that holds safetensors instead."""
+
+    def edit(folder):
+        tensors = torch.load(folder / FILES["pt"], weights_only=True)
+        (folder / FILES["pt"]).unlink()
+        change(tensors)
+        save_file(tensors, folder / FILES["safetensors"])
+
+    return edit
+
+
+BAD_FILES |= {
+    "truncated safetensors": (
+        lambda f: (_as_safetensors(lambda t: None)(f), _cut(f / FILES["safetensors"])),
+        ValueError,
+        "delta_mem_adapter.safetensors must be a whole file of tensors",
+    ),
+    "NaN in safetensors": (
+        _as_safetensors(lambda t: t[KEY][1].fill_(float("nan"))), ValueError, f"{KEY} must be finite",
+    ),
+    "extra in safetensors": (
+        _as_safetensors(lambda t: t.update(more=torch.zeros(1))), ValueError, "must hold no tensor but .* got more",
+    ),
+    "integers in safetensors": (
+        _as_safetensors(lambda t: t.update({KEY: t[KEY].int()})), TypeError, f"{KEY} must be float32, bfloat16",
+    ),
+}  # fmt: skip
+
+
 def _cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 

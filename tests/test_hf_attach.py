@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from hf_models import attached, error, paths, random_model, randomize
+from hf_oracle import Oracle
 from torch import nn
 
 from deltamem_kernels import hf
@@ -179,7 +180,9 @@ def test_quantised_backbone():
     logits = quantised(IDS).logits
     assert paths(quantised) == ["fused"] * 3
     assert error(logits, before) > 0.01
-    # the memory of the unquantised twin acts alike
+    # the formula around the same quantised layers, and the memory of the unquantised twin acts alike
+    oracle = Oracle(quantised)
+    assert error(logits, oracle(IDS)) < 1e-5
     twin = attached(model=random_model(attn_implementation="eager"))
     twin.model.layers[0].self_attn.delta_mem.load_state_dict(quantised.model.layers[0].self_attn.delta_mem.state_dict())
     assert error(logits, twin(IDS).logits) < 0.3

@@ -7,10 +7,11 @@ import pickle
 import pytest
 import torch
 import transformers
-from hf_models import attached, error, paths
+from hf_models import FAMILIES, attached, error, paths
 from transformers import DynamicCache, StaticCache
 
 from deltamem_kernels import hf
+from deltamem_kernels.hf.cache import cache_keyword
 
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
@@ -29,6 +30,21 @@ def test_any_split_of_a_prompt_is_the_same(name):
             assert error(torch.cat(parts, 1), expected) < 1e-5
             for ours, theirs in zip(cache.layers, whole.layers, strict=True):
                 assert error(ours.delta_state, theirs.delta_state) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")
+@torch.no_grad()
+def test_both_names_of_the_cache(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "granite", ("GraniteConfig", {}))
+    model, other = attached(), attached("granite")
+    ids = torch.randint(3, 64, (2, 12))
+    for m, path in ((model, "fused"), (other, "generic")):
+        expected = m(ids, use_cache=False).logits
+        for name in {cache_keyword(m.forward), "past_key_values"}:
+            cache = DynamicCache(config=m.config)
+            parts = [m(x, **{name: cache}).logits for x in ids.split((7, 1, 4), 1)]
+            assert error(torch.cat(parts, 1), expected) < 1e-5 and cache.layers[0].delta_state.any()
+            assert all(x.startswith(path) for x in paths(m))
 
 
 def _filled(model, ids, cache=None):

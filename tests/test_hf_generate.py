@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from hf_models import FAMILIES, attached, error, paths
-from transformers import QuantizedCache
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
 from deltamem_kernels import hf
 
@@ -114,4 +114,4 @@ def test_continuous_batching_is_refused():
     with pytest.raises(NotImplementedError, match="continuous batching has no slots"):
         model.generate_batch([[3, 4, 5]], **{"generation_config": model.generation_config})
     with pytest.raises(NotImplementedError, match="continuous batching has no slots for memory states"):
-        model(torch.tensor([[3, 4]]), cache=QuantizedCache.__new__(QuantizedCache))
+        model(torch.tensor([[3, 4]]), cache=PagedAttentionCache.__new__(PagedAttentionCache))

@@ -96,6 +96,54 @@ def test_reentrant_checkpointing_of_a_state_is_refused():
     assert all(p.grad is not None for n, p in model.named_parameters() if ".layers.0." in n and p.requires_grad)
 
 
+@pytest.mark.parametrize("family, options", [
+    ("qwen3", {}), ("qwen3", {"rankwise_gates": False, "num_state_heads": 2}), ("granite", {}),
+    ("qwen3", {"memory_write_granularity": "message_mean"}),
+])  # fmt: skip
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_state_tells_how_much_was_let_in(family, options, checkpointing, monkeypatch):
+    from hf_models import FAMILIES
+
+    monkeypatch.setitem(FAMILIES, "granite", ("GraniteConfig", {}))
+    model = attached(family, **options).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    first = model._delta_mem.memories[0]
+    seen = []
+    handle = model.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["hidden_states"].detach()), with_kwargs=True
+    )
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[1, 18:] = 0
+    state, given = _zeros(model), {}
+    if first.config.writes_segments:
+        given["delta_segment_ids"] = torch.tensor([[0] * 10 + [1] * 14, [0] * 20 + [1] * 4])
+    with torch.no_grad():
+        model(IDS, delta_state=state, attention_mask=mask, **given, **TRAIN)
+    assert state.gates is None
+    model(IDS, delta_state=state, attention_mask=mask, **given, **TRAIN)
+    gates = state.gates
+    assert len(gates) == 3 and all(x.shape == (2,) and x.requires_grad for x in gates)
+    handle.remove()
+
+    def expected(x, rows):
+        if first.config.writes_segments:
+            ids = given["delta_segment_ids"][rows[0], : rows[1]]
+            x = torch.stack([x[ids == i].mean(0) for i in ids.unique()])
+        return torch.sigmoid(x @ first.beta_proj.T + first.beta_bias).mean()
+
+    x = seen[-1]
+    want = torch.stack([expected(x[0], (0, 24)), expected(x[1, :18], (1, 18))])
+    assert error(gates[0], want) < 1e-6
+    grads = torch.autograd.grad(gates[0].square().sum(), [first.beta_proj, first.beta_bias])
+    for grad, other in zip(
+        grads, torch.autograd.grad(want.square().sum(), [first.beta_proj, first.beta_bias]), strict=True
+    ):
+        assert error(grad, other) < 1e-5
+    model(IDS[:, :4], delta_state=state, delta_write=False, **TRAIN)  # what only reads leaves them
+    assert state.gates is gates
+
+
 def test_gradients_equal_those_of_one_long_sequence():
     # the state's gradient: write pass and read pass in one sequence of writes, cut in two calls without attention
     model = attached("mistral", delta_heads=["o"])

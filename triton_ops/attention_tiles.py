@@ -67,8 +67,7 @@ def backward_tiles(D: int, dtype: torch.dtype, capability: tuple[int, int] | Non
         return Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)
     if dtype == torch.float32:
         warps = 8 if D > 128 and capability != GFX else 4
-        queries, keys = (32, 16) if D <= 64 else (16, 32) if D <= 128 else (16, 16)
-        return Tile(16, 16, warps, 1), Tile(queries, keys, 4, 1)
+        return Tile(16, 16, warps, 1), Tile(32 if D <= 64 else 16, 16, 4, 1)
     if capability == GFX:
         return (Tile(32, 64, 4, 1), Tile(64, 32, 4, 1)) if D <= 128 else (Tile(16, 32, 4, 1), Tile(32, 32, 4, 1))
     if capability[0] in (9, 10):

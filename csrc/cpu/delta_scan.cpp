@@ -63,6 +63,26 @@ void read_rows(const float* state, const Steps& x, int row, int64_t count, float
   }
 }
 
+// target[j][i] <- source[i][j]
+void transpose_state(const float* source, int64_t source_stride, float* target, int64_t target_stride,
+                     int64_t rank) {
+  dispatch_rank(padded_rank(rank), [&](auto lanes, auto columns) {
+    constexpr int W = decltype(lanes)::value;
+    if (rank == W && W == decltype(columns)::value) {
+      RowOf<W> x[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) x[i] = load_lanes<W>(source + i * source_stride);
+      transpose<W>(x);
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) store_lanes<W>(target + j * target_stride, x[j]);
+      return;
+    }
+    for (int64_t i = 0; i < rank; ++i) {
+      for (int64_t j = 0; j < rank; ++j) target[j * target_stride + i] = source[i * source_stride + j];
+    }
+  });
+}
+
 // slot < 0: nothing is stored.
 void store_slot(const StatePool& pool, int32_t slot, int64_t head, const float* state) {
   if (slot >= 0) store_state(pool.state_pool, slot, head, state);
@@ -116,20 +136,12 @@ void read_only(const float* state, const Steps& steps, int64_t count, float* rea
 void load_state(const Tensor& source, int64_t i0, int64_t i1, int64_t rank, float* state) {
   const int width = padded_rank(rank);
   if (!source || rank < width) std::memset(state, 0, width * width * sizeof(float));
-  if (!source) return;
-  for (int64_t i = 0; i < rank; ++i) {
-    const float* row = source.at<float>(i0, i1, i);
-    for (int64_t j = 0; j < rank; ++j) state[j * width + i] = row[j];
-  }
+  if (source) transpose_state(source.at<float>(i0, i1), source.stride[2], state, width, rank);
 }
 
 void store_state(const Tensor& target, int64_t i0, int64_t i1, const float* state) {
   const int64_t rank = target.size[3];
-  const int width = padded_rank(rank);
-  for (int64_t i = 0; i < rank; ++i) {
-    float* row = target.at<float>(i0, i1, i);
-    for (int64_t j = 0; j < rank; ++j) row[j] = state[j * width + i];
-  }
+  transpose_state(state, padded_rank(rank), target.at<float>(i0, i1), target.stride[2], rank);
 }
 
 ScanScratch::ScanScratch(const Memory& memory, int64_t tokens)

@@ -91,6 +91,25 @@ inline RowOf<W> lane_sums(RowOf<W>* p) {
   }
 }
 
+// In every block of 2 H lanes: a's upper half changes places with b's lower one.
+template <int W, int H, int... L>
+inline void swap_halves(RowOf<W>& a, RowOf<W>& b, std::integer_sequence<int, L...>) {
+  const RowOf<W> lower = __builtin_shufflevector(a, b, (L / H % 2 == 0 ? L : W + L - H)...);
+  b = __builtin_shufflevector(a, b, (L / H % 2 == 0 ? L + H : W + L)...);
+  a = lower;
+}
+
+// W rows become W columns.
+template <int W, int H = W / 2>
+inline void transpose(RowOf<W>* x) {
+  constexpr auto all = std::make_integer_sequence<int, W>();
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i / H % 2 == 0) swap_halves<W, H>(x[i], x[i + H], all);
+  }
+  if constexpr (H > 1) transpose<W, H / 2>(x);
+}
+
 // Rows of R floats are held padded: R <= 4 to 4, R <= 8 to 8, then to whole vectors.
 constexpr int padded_rank(int64_t R) { return R <= 4 ? 4 : R <= 8 ? 8 : R <= 16 ? 16 : round_up(R, kWidth); }
 

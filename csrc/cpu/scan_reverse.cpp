@@ -97,6 +97,8 @@ void carry_rows(float* dstate, const Steps& steps, int row, int64_t count, const
     multiply<W, COLS, 2>(g, cols, {x.k.at(t), x.k.at(t - 1)}, h);
     Carry<W> c = carry_of(t, h[0]);
     Carry<W> next = carry_of(t - 1, c.before(h[1], x.pairs[t - 1], x.pairs[t]));
+    // the segment before, from the thread that ran the forward pass
+    for (const Stream* a : {&x.q, &x.k, &x.beta, &reads}) __builtin_prefetch(a->at(t - count), 0);
 #pragma GCC unroll 16
     for (int j = 0; j < cols; ++j) g[j] = next.column(c.column(g[j], j), j);
   }

@@ -14,20 +14,20 @@ template <int kRP>
 struct ReplayShape : LaneShape<kRP> {
   static constexpr int kThreads = LaneShape<kRP>::kConsumers + kProducers;
   static constexpr int kChunk = kChunkFloats / LaneShape<kRP>::kPitch;  // tokens
+  static constexpr int kBlocks = kRP == 8 ? 4 : kRP == 64 ? 1 : 2;      // of a multiprocessor
 };
 
 template <class S>
 struct ReplayMemory {
   Segment* segments;
-  Chunk chunks[2];
+  float* chunks;  // two of 5 arrays
   size_t bytes;
 
-  DELTAMEM_HD explicit ReplayMemory(Carver carver) : segments(carver.take<Segment>(S::kUnits)) {
-    for (Chunk& x : chunks) {
-      for (float** array : {&x.q, &x.k, &x.keep, &x.erase, &x.put}) *array = carver.take<float>(kChunkFloats);
-    }
-    bytes = carver.used();
-  }
+  DELTAMEM_HD explicit ReplayMemory(Carver carver)
+      : segments(carver.take<Segment>(S::kUnits)),
+        chunks(carver.take<float>(2 * 5 * kChunkFloats)),
+        bytes(carver.used()) {}
+  DELTAMEM_DEVICE Chunk chunk(int i) const { return Chunk(chunks + i % 2 * 5 * kChunkFloats); }
 };
 
 // One lane's part of a row of S, and where it goes.
@@ -51,7 +51,7 @@ class ReplayLane {
     const int64_t stride = p_.reads.stride[1];
     float* reads = p_.reads.at<float>(x_.batch, token, x_.head) + row_;
     const bool reads_here = first_ == 0 && row_ < p_.plan.rank, write = p_.memory.write;
-    const bool per_token = p_.finish_slots && p_.finish_slots.ndim == 2;
+    const bool per_token = p_.finish_slots && p_.finish_slots.ndim == 2 && !x_.padding;
     int to_tape = p_.tape && !x_.padding ? (x_.begin + begin) % p_.tape_len : -1;
 #pragma unroll 2
     for (int t = 0; t < count; ++t, place += S::kPitch, reads += stride) {
@@ -105,20 +105,9 @@ class ReplayLane {
   float s_[S::kColumns];
 };
 
-// reads <- 0 for the tokens of a packed batch that belong to no sequence, in turns over all threads.
-DELTAMEM_DEVICE void clear_past_end(const ScanArgs& p, int threads) {
-  if (!p.rows.cu_seqlens) return;
-  const int64_t end = packed_end(p.rows), step = ptx::num_blocks() * threads;
-  const int H = p.plan.heads, R = p.plan.rank;
-  for (int64_t i = ptx::block() * threads + ptx::thread(); i < (p.plan.tokens - end) * H * R; i += step) {
-    const int64_t row = i / R;
-    p.reads.at<float>(0, end + row / H, row % H)[i % R] = 0.0f;
-  }
-}
-
 // Block: kUnits segments of heads.
 template <int RP>
-__global__ void __launch_bounds__(ReplayShape<RP>::kThreads)
+__global__ void __launch_bounds__(ReplayShape<RP>::kThreads, ReplayShape<RP>::kBlocks)
     replay_kernel(const __grid_constant__ ScanArgs p) {
   using S = ReplayShape<RP>;
   const ReplayMemory<S> shared(Carver::of_block());
@@ -131,7 +120,7 @@ __global__ void __launch_bounds__(ReplayShape<RP>::kThreads)
     const int own = producer / (S::kPieces * S::kUnits);  // token of every chunk
     const TokenLoader<S::kPieces> loader(p.memory, p.rows, shared.segments[unit], producer % S::kPieces);
     for (int c = 0; c < chunks; ++c) {
-      stage_token<true>(p.memory, loader, c * S::kChunk + own, shared.chunks[c % 2], producer * kPiece);
+      stage_token<true>(p.memory, loader, c * S::kChunk + own, shared.chunk(c), producer * kPiece);
       ptx::sync_named(1, S::kThreads);
     }
     ptx::wait_for_previous_kernel();
@@ -143,11 +132,11 @@ __global__ void __launch_bounds__(ReplayShape<RP>::kThreads)
     for (int c = 0; c < chunks; ++c) {
       ptx::sync_named(1, S::kThreads);
       const int left = count - c * S::kChunk;
-      lane.replay(shared.chunks[c % 2], c * S::kChunk, left < S::kChunk ? left : S::kChunk, unit * RP);
+      lane.replay(shared.chunk(c), c * S::kChunk, left < S::kChunk ? left : S::kChunk, unit * RP);
     }
     lane.finish();
   }
-  clear_past_end(p, S::kThreads);
+  clear_past_end(p, p.reads, S::kThreads);
 }
 
 template <int RP>

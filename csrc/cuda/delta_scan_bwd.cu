@@ -17,20 +17,9 @@
 namespace deltamem::cuda {
 namespace {
 
-// d <- 0 for the tokens of a packed batch that belong to no sequence, in turns over all threads.
-DELTAMEM_DEVICE void clear_past_end(const ScanArgs& p, const Tensor& d, int threads) {
-  if (!p.rows.cu_seqlens || !d) return;
-  const int64_t end = packed_end(p.rows), step = ptx::num_blocks() * threads;
-  const int H = p.plan.heads, R = static_cast<int>(d.size[3]);
-  for (int64_t i = ptx::block() * threads + ptx::thread(); i < (p.plan.tokens - end) * H * R; i += step) {
-    const int64_t row = i / R;
-    store_float(d, d.offset(0, end + row / H, row % H) + i % R, 0.0f);
-  }
-}
-
 // Block: kUnits segments of heads.
 template <int RP>
-__global__ void __launch_bounds__(ReverseShape<RP>::kThreads)
+__global__ void __launch_bounds__(ReverseShape<RP>::kThreads, ReverseShape<RP>::kBlocks)
     reverse_kernel(const __grid_constant__ ReverseArgs p) {
   using S = ReverseShape<RP>;
   const ReverseMemory<S> shared(Carver::of_block());
@@ -43,19 +32,19 @@ __global__ void __launch_bounds__(ReverseShape<RP>::kThreads)
     const int producer = thread - S::kConsumers;
     ReverseProducer<S> own(p, shared.segments[producer / S::kPieces % S::kUnits], producer);
     Cursor<S> ahead = at;
-    if (!ahead.done()) own.stage(shared.in[0], ahead);
+    if (!ahead.done()) own.stage(shared.in(0), ahead);
     for (; !ahead.done(); ++i) {
       ptx::sync_named(1, S::kThreads);  // chunk i is here, i - 1 done with
       if (i > 0) {
-        own.drain(shared.in[(i - 1) % 2], shared.out[(i - 1) % 2], at);
+        own.drain(shared.in(i - 1), shared.out(i - 1), at);
         at.advance();
       }
       ahead.advance();
-      if (!ahead.done()) own.stage(shared.in[(i + 1) % 2], ahead);
+      if (!ahead.done()) own.stage(shared.in(i + 1), ahead);
     }
     ptx::sync_named(1, S::kThreads);
-    if (i > 0) own.drain(shared.in[(i - 1) % 2], shared.out[(i - 1) % 2], at);
-    own.sum_biases(shared.in[0]);
+    if (i > 0) own.drain(shared.in(i - 1), shared.out(i - 1), at);
+    own.sum_biases(shared.in(0));
     ptx::wait_for_previous_kernel();
   } else {
     ptx::wait_for_previous_kernel();
@@ -63,14 +52,16 @@ __global__ void __launch_bounds__(ReverseShape<RP>::kThreads)
     for (; !at.done(); ++i, at.advance()) {
       ptx::sync_named(1, S::kThreads);
       if (!at.back && at.chunk == 0) lane.begin_part(at.part_begin());
-      lane.take(shared.in[i % 2], shared.out[i % 2], at);
+      lane.take(shared.in(i), shared.out(i), at);
     }
     ptx::sync_named(1, S::kThreads);
     lane.finish();
   }
-  for (const Tensor* d : {&p.dmem_q, &p.dmem_k, &p.dmem_v, &p.dbeta, &p.dlam}) {
-    clear_past_end(p.scan, *d, S::kThreads);
-  }
+  clear_past_end(p.scan, p.dmem_q, S::kThreads);
+  clear_past_end(p.scan, p.dmem_k, S::kThreads);
+  clear_past_end(p.scan, p.dmem_v, S::kThreads);
+  clear_past_end(p.scan, p.dbeta, S::kThreads);
+  clear_past_end(p.scan, p.dlam, S::kThreads);
 }
 
 // d [H, 1 or R] = the sum of bias_parts over slots: of kLines running sums, then their tree. Block: a head

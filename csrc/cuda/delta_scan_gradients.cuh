@@ -22,7 +22,7 @@ class ReverseProducer {
     clear(lam_sum_);
   }
 
-  DELTAMEM_DEVICE void stage(const Inputs& in, const Cursor<S>& at) const {
+  DELTAMEM_DEVICE void stage(const Inputs<S>& in, const Cursor<S>& at) const {
     const int t = at.begin() + own_, place = producer_ * kPiece;
     const bool live = t < at.part_end() && loader_.is_live(t);
     float x[kPiece], y[kPiece];
@@ -43,16 +43,14 @@ class ReverseProducer {
   }
 
   // The gradients of a chunk, if it has gone backward, to memory.
-  DELTAMEM_DEVICE void drain(const Inputs& in, const Outputs& out, const Cursor<S>& at) {
+  DELTAMEM_DEVICE void drain(const Inputs<S>& in, const Outputs<S>& out, const Cursor<S>& at) {
     if (!at.back) return;
     const int t = at.begin() + own_, place = producer_ * kPiece;
     const bool exists = t < at.part_end() && t < x_.count, live = exists && loader_.is_live(t);
     float x[kPiece];
     take_sums(out.q, in.q, in.q_norm, live, x);
     if (exists) store(p_.dmem_q, t, x);
-    if (m_.write) {
-      take_sums(out.k, in.k, in.k_norm, live, x);
-    }
+    take_sums(out.k, in.k, in.k_norm, live && m_.write, x);
     if (exists) store(p_.dmem_k, t, x);
     take(out.v, live && m_.write, x);
     if (exists) store(p_.dmem_v, t, x);
@@ -64,7 +62,7 @@ class ReverseProducer {
   }
 
   // What the biases receive of the block's segments: the producers' sums, in order of their tokens.
-  DELTAMEM_DEVICE void sum_biases(const Inputs& scratch) const {
+  DELTAMEM_DEVICE void sum_biases(const Inputs<S>& scratch) const {
     if (p_.bias_parts == nullptr) return;
     store_row(scratch.q + producer_ * kPiece, beta_sum_);
     store_row(scratch.k + producer_ * kPiece, lam_sum_);
@@ -99,7 +97,7 @@ class ReverseProducer {
       for (int i = 0; i < kPiece; ++i) x[i] += part[i];
     }
     take(z, live, part);
-    loader_.activation_bwd(part, norm[producer_], x);
+    loader_.activation_bwd(part, live ? norm[producer_] : 1.0f, x);
   }
 
   DELTAMEM_DEVICE void drain_gate(const Tensor& d, const float* gate, int t, bool exists, float (&x)[kPiece],

@@ -7,10 +7,9 @@
 // The reverse pass takes g = dS through the same symmetric token maps in the opposite order, with dreads q in
 // place of write v k: kReverse. "First" and "before" are then meant in that order.
 //
-// A block takes a group. Its maps stand in shared memory, and their running products (the map from the
-// group's start to each segment's end) go to segment_maps. The last block of a supergroup to arrive does the
-// same with the groups' totals, to group_maps; the last of a sequence carries the state through the
-// supergroups, to starts. Whoever comes last computes the same numbers in the same order. A segment then
+// A block takes a group: the running products of its maps go to segment_maps. The last block of a supergroup
+// to arrive does the same with the groups' totals, to group_maps; the last of a sequence carries the state
+// through the supergroups, to starts. Whoever comes last computes the same in the same order. A segment then
 // starts two products behind its supergroup: carry_to_segment.
 #pragma once
 
@@ -36,6 +35,10 @@ struct MapShape {
   // In shared memory the rows' matrices stand 4 floats apart, so that lanes of 8 rows read from all banks.
   static constexpr int kMatrixPitch = RP * RP + 4;
   static constexpr int kSharedSize = kMatrices * kMatrixPitch + RP * RP;
+  // Tokens and maps take turns in one piece of it; kRound maps at a time.
+  static constexpr int kChunks = 2 * 5 * kChunkFloats, kMaps = kUnits * kSharedSize;
+  static constexpr int kWork = kChunks > kMaps ? kChunks : kMaps;
+  static constexpr int kRound = kWork / kSharedSize;
   static constexpr int kComposers = kOneMap ? 2 * RP : RP * (RP + 1);  // vectors of a map
   static_assert(kComposers <= kThreads && kConsumers % 32 == 0);
 };
@@ -50,31 +53,31 @@ struct MapMemory {
   DELTAMEM_HD explicit MapMemory(Carver carver)
       : segments(carver.take<Segment>(S::kUnits)),
         arrived(carver.take<int>(1)),
-        work(carver.take<float>(work_floats())),
+        work(carver.take<float>(S::kWork)),
         bytes(carver.used()) {}
 
-  DELTAMEM_HD static constexpr int work_floats() {
-    const int chunks = 2 * 5 * kChunkFloats, maps = S::kUnits * S::kSharedSize;
-    return chunks > maps ? chunks : maps;
-  }
-  DELTAMEM_DEVICE Chunk chunk(int i) const {
-    float* x = work + i % 2 * 5 * kChunkFloats;
-    return {x, x + kChunkFloats, x + 2 * kChunkFloats, x + 3 * kChunkFloats, x + 4 * kChunkFloats};
-  }
+  DELTAMEM_DEVICE Chunk chunk(int i) const { return Chunk(work + i % 2 * 5 * kChunkFloats); }
   DELTAMEM_DEVICE float* map(int i) const { return work + i * S::kSharedSize; }
 };
 
-// x = x M + b, b optional. m [RP, RP], b [RP], aligned to 16 bytes.
+// x = x M + b, b optional. m [RP, RP], b [RP], aligned to 16 bytes. A few lines of a large M are under way at
+// a time: all of it would be more than a lane's registers.
 template <int RP>
 DELTAMEM_DEVICE void apply_map(float (&x)[RP], const float* m, const float* b) {
-  float y[RP], line[RP];
-  clear(y);
+  constexpr int kLines = RP == 8 ? 8 : 4;
+  float y[RP] = {};
   if (b != nullptr) load_row(b, y);
+#pragma unroll 1
+  for (int first = 0; first < RP; first += kLines, m += kLines * RP) {
 #pragma unroll
-  for (int c = 0; c < RP; ++c) {
-    load_row(m + c * RP, line);
+    for (int c = 0; c < kLines; ++c) {
+      float line[RP];
+      load_row(m + c * RP, line);
 #pragma unroll
-    for (int j = 0; j < RP; ++j) y[j] = fmaf(x[c], line[j], y[j]);
+      for (int j = 0; j < RP; ++j) y[j] = fmaf(x[c], line[j], y[j]);
+    }
+#pragma unroll
+    for (int j = 0; j + kLines < RP; ++j) x[j] = x[j + kLines];
   }
 #pragma unroll
   for (int j = 0; j < RP; ++j) x[j] = y[j];
@@ -118,7 +121,7 @@ template <class S, bool kReverse>
 DELTAMEM_DEVICE void map_tokens(const Chunk& chunk, int count, int place, int row, bool has_bias,
                                 float (&x)[S::kVectors][S::RP]) {
   constexpr int RP = S::RP;
-#pragma unroll 2
+#pragma unroll(RP == 8 ? 2 : 1)
   for (int t = 0; t < count; ++t, place += S::kPitch) {
     float k[RP];
     load_row(chunk.k + place, k);
@@ -199,15 +202,15 @@ DELTAMEM_DEVICE bool arrive_last(uint32_t* counter, int members, int* arrived) {
   return last;
 }
 
-// The running products of a supergroup's groups; with kUnits maps in shared memory at a time.
+// The running products of a supergroup's groups; with kRound maps in shared memory at a time.
 template <class S, bool kReverse>
 DELTAMEM_DEVICE void compose_groups(const ScanArgs& p, const Tree& tree, int supergroup, int head,
                                     const MapMemory<S>& shared) {
   const Members groups = members_of(supergroup, kSupergroup, tree.groups);
   Composer<S> composer(ptx::thread());
-  for (int begin = 0; begin < groups.count; begin += S::kUnits) {
+  for (int begin = 0; begin < groups.count; begin += S::kRound) {
     ptx::sync_block();
-    const int end = groups.count < begin + S::kUnits ? groups.count : begin + S::kUnits;
+    const int end = groups.count < begin + S::kRound ? groups.count : begin + S::kRound;
     for (int i = begin; i < end; ++i) {
       const Members segments = members_of(groups.nth<kReverse>(i), S::kUnits, tree.segments);
       const int slot = tree.segment_slot + segments.nth<kReverse>(segments.count - 1);
@@ -225,8 +228,8 @@ DELTAMEM_DEVICE void compose_groups(const ScanArgs& p, const Tree& tree, int sup
 template <int kCount>
 DELTAMEM_DEVICE void load_start(const ScanArgs& p, const Segment& x, int row, int first, float (&s)[kCount]) {
   clear(s);
-  const bool has_state =
-      p.start && !x.padding && row < p.plan.rank && (!p.has_start || *p.has_start.at<bool>(x.row));
+  const bool has_state = p.start && x.exists && !x.padding && row < p.plan.rank &&
+                         (!p.has_start || *p.has_start.at<bool>(x.row));
   if (!has_state) return;
   const int64_t slot = p.start_slots ? *p.start_slots.at<int32_t>(x.row) : x.row;
   load_channels(p.start, p.start.offset(slot, x.head, row), first, p.plan.rank, s);
@@ -241,9 +244,9 @@ DELTAMEM_DEVICE void carry_supergroups(const ScanArgs& p, const Tree& tree, cons
   const Members supergroups = {0, tree.supergroups};
   float s[RP];
   if (row < RP) load_start(p, own, row, 0, s);
-  for (int begin = 0; begin < tree.supergroups; begin += S::kUnits) {
+  for (int begin = 0; begin < tree.supergroups; begin += S::kRound) {
     ptx::sync_block();
-    const int end = tree.supergroups < begin + S::kUnits ? tree.supergroups : begin + S::kUnits;
+    const int end = tree.supergroups < begin + S::kRound ? tree.supergroups : begin + S::kRound;
     for (int i = begin; i < end && i + 1 < tree.supergroups; ++i) {  // nothing starts behind the last
       const Members groups = members_of(supergroups.nth<kReverse>(i), kSupergroup, tree.groups);
       const int slot = tree.group_slot + groups.nth<kReverse>(groups.count - 1);
@@ -262,7 +265,7 @@ DELTAMEM_DEVICE void carry_supergroups(const ScanArgs& p, const Tree& tree, cons
 
 // Block: a group of segments of one head.
 template <int RP, bool kOneMap, bool kReverse>
-__global__ void __launch_bounds__(MapShape<RP, kOneMap>::kThreads)
+__global__ void __launch_bounds__(MapShape<RP, kOneMap>::kThreads, RP == 8 ? 2 : 1)
     maps_kernel(const __grid_constant__ ScanArgs p) {
   using S = MapShape<RP, kOneMap>;
   ptx::let_next_kernel_start();

@@ -1,5 +1,6 @@
 // A block that takes segments backward: its order of chunks, and the lanes that hold rows of S and of its
-// gradient. delta_scan_gradients.cuh has the producing threads, delta_scan_bwd.cu the equations and the kernel.
+// gradient. delta_scan_gradients.cuh has the producing threads, delta_scan_bwd.cu the equations and the
+// kernel.
 #pragma once
 
 #include "cuda/delta_scan_maps.cuh"
@@ -24,40 +25,56 @@ struct ReverseShape : LaneShape<kRP> {
   static constexpr int kProducing =
       kRP == 64 ? 32 : 64;  // threads; chunks small enough for two blocks or more
   static constexpr int kThreads = Lanes::kConsumers + kProducing;
-  static constexpr int kFloats = kProducing * kPiece;          // an array of a chunk
-  static constexpr int kChunk = kFloats / Lanes::kPitch;       // tokens: 16, 16, 16, 4
-  static constexpr int kBlock = kRP == 8 ? 4 : 2;              // tokens whose states are in registers
+  static constexpr int kFloats = kProducing * kPiece;               // an array of a chunk
+  static constexpr int kChunk = kFloats / Lanes::kPitch;            // tokens: 16, 16, 16, 4
+  static constexpr int kBlocks = kRP == 8 ? 3 : kRP == 64 ? 1 : 2;  // of a multiprocessor; more would spill
+  static constexpr int kBlock = kRP == 8 ? 4 : 2;                   // tokens whose states are in registers
   static constexpr int kSums = Lanes::kColumns / kRowsOfWarp;  // columns of dq and dk that a lane ends with
 };
 
 // A chunk of tokens [kChunk, kPitch], and what its producers keep for themselves.
+template <class S>
 struct Inputs {
+  static constexpr int kFloats = 6 * S::kFloats + 2 * S::kProducing;
   float *q, *k, *beta, *lam, *v, *dreads, *q_norm, *k_norm;
+
+  DELTAMEM_DEVICE explicit Inputs(float* x)
+      : q(x),
+        k(q + S::kFloats),
+        beta(k + S::kFloats),
+        lam(beta + S::kFloats),
+        v(lam + S::kFloats),
+        dreads(v + S::kFloats),
+        q_norm(dreads + S::kFloats),
+        k_norm(q_norm + S::kProducing) {}
 };
 // Its gradients; q and k [kWarps, kChunk, kPitch]: each warp's sum over its rows.
+template <class S>
 struct Outputs {
+  static constexpr int kFloats = (2 * S::kWarps + 3) * S::kFloats;
   float *q, *k, *v, *beta, *lam;
+
+  DELTAMEM_DEVICE explicit Outputs(float* x)
+      : q(x),
+        k(q + S::kWarps * S::kFloats),
+        v(k + S::kWarps * S::kFloats),
+        beta(v + S::kFloats),
+        lam(beta + S::kFloats) {}
 };
 
 template <class S>
 struct ReverseMemory {
   Segment* segments;
-  Inputs in[2];
-  Outputs out[2];
+  float *inputs, *outputs;  // two of each
   size_t bytes;
 
-  DELTAMEM_HD explicit ReverseMemory(Carver carver) : segments(carver.take<Segment>(S::kUnits)) {
-    for (Inputs& x : in) {
-      for (float** array : {&x.q, &x.k, &x.beta, &x.lam, &x.v, &x.dreads})
-        *array = carver.take<float>(S::kFloats);
-      for (float** array : {&x.q_norm, &x.k_norm}) *array = carver.take<float>(S::kProducing);
-    }
-    for (Outputs& x : out) {
-      for (float** array : {&x.q, &x.k}) *array = carver.take<float>(S::kWarps * S::kFloats);
-      for (float** array : {&x.v, &x.beta, &x.lam}) *array = carver.take<float>(S::kFloats);
-    }
-    bytes = carver.used();
-  }
+  DELTAMEM_HD explicit ReverseMemory(Carver carver)
+      : segments(carver.take<Segment>(S::kUnits)),
+        inputs(carver.take<float>(2 * Inputs<S>::kFloats)),
+        outputs(carver.take<float>(2 * Outputs<S>::kFloats)),
+        bytes(carver.used()) {}
+  DELTAMEM_DEVICE Inputs<S> in(int i) const { return Inputs<S>(inputs + i % 2 * Inputs<S>::kFloats); }
+  DELTAMEM_DEVICE Outputs<S> out(int i) const { return Outputs<S>(outputs + i % 2 * Outputs<S>::kFloats); }
 };
 
 // The order in which a block takes chunks: parts of the tape from the last, each forward and then backward
@@ -164,7 +181,7 @@ class ReverseLane {
     load_channels(scan.tape, scan.tape.offset(slot, x_.head, row_), first_, scan.plan.rank, s_);
   }
 
-  DELTAMEM_DEVICE void take(const Inputs& in, const Outputs& out, const Cursor<S>& at) {
+  DELTAMEM_DEVICE void take(const Inputs<S>& in, const Outputs<S>& out, const Cursor<S>& at) {
     if (!at.back) {
       forward(in, at.chunk * S::kChunk, at.count());
     } else if (p_.scan.memory.write) {
@@ -175,7 +192,7 @@ class ReverseLane {
   }
 
   // Forward through `count` tokens of a chunk, the part's from `offset` on.
-  DELTAMEM_DEVICE void forward(const Inputs& in, int offset, int count) {
+  DELTAMEM_DEVICE void forward(const Inputs<S>& in, int offset, int count) {
 #pragma unroll 1
     for (int t = 0; t < count; t += S::kBlock) {
       float* to = checkpoint((offset + t) / S::kBlock);
@@ -193,7 +210,7 @@ class ReverseLane {
   }
 
   // Backward through them.
-  DELTAMEM_DEVICE void backward(const Inputs& in, const Outputs& out, int offset, int count) {
+  DELTAMEM_DEVICE void backward(const Inputs<S>& in, const Outputs<S>& out, int offset, int count) {
 #pragma unroll 1
     for (int t = count - S::kBlock; t >= 0; t -= S::kBlock) {
       float s[S::kBlock][S::kColumns], a[S::kBlock];
@@ -219,7 +236,7 @@ class ReverseLane {
   }
 
   // Read-only tokens: reads = S q with one S.
-  DELTAMEM_DEVICE void backward_reads(const Inputs& in, const Outputs& out, int count) {
+  DELTAMEM_DEVICE void backward_reads(const Inputs<S>& in, const Outputs<S>& out, int count) {
     for (int t = count - 1; t >= 0; --t) {
       float q[S::kColumns], x[S::kColumns];
       const int at = place_ + t * S::kPitch;
@@ -254,7 +271,7 @@ class ReverseLane {
     Gates<float> gates;
   };
 
-  DELTAMEM_DEVICE Token token(const Inputs& in, int t) const {
+  DELTAMEM_DEVICE Token token(const Inputs<S>& in, int t) const {
     const int at = place_ + t * S::kPitch + row_;
     const float beta = in.beta[at], lam = in.lam[at];
     return {beta, lam, in.v[at], gates(p_.scan.memory.update_rule, beta, lam)};
@@ -268,8 +285,8 @@ class ReverseLane {
     for (int j = 0; j < S::kColumns; ++j) s[j] = fmaf(u, k[j], x.gates.keep * s[j]);
   }
 
-  DELTAMEM_DEVICE void token_back(const Inputs& in, const Outputs& out, int t, const float (&s)[S::kColumns],
-                                  float a) {
+  DELTAMEM_DEVICE void token_back(const Inputs<S>& in, const Outputs<S>& out, int t,
+                                  const float (&s)[S::kColumns], float a) {
     const int at = place_ + t * S::kPitch, own = at + row_;
     const Token x = token(in, t);
     float k[S::kColumns], y[S::kColumns];

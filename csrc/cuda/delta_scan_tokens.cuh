@@ -285,6 +285,13 @@ class TokenLoader {
 // A chunk of tokens as a forward pass takes them: [kChunk, kPitch], kPitch the rows of the block's segments.
 struct Chunk {
   float *q, *k, *keep, *erase, *put;
+
+  DELTAMEM_DEVICE explicit Chunk(float* x)
+      : q(x),
+        k(x + kChunkFloats),
+        keep(x + 2 * kChunkFloats),
+        erase(x + 3 * kChunkFloats),
+        put(x + 4 * kChunkFloats) {}
 };
 
 // One producer's share of a chunk, its piece of token t, at `place` in each array. kQ: with q.
@@ -310,6 +317,17 @@ DELTAMEM_DEVICE void stage_token(const Memory& memory, const Loader& loader, int
   store_row(chunk.keep + place, lam);
   store_row(chunk.erase + place, beta);
   store_row(chunk.put + place, x);
+}
+
+// d <- 0 for the tokens of a packed batch that belong to no sequence, in turns over all threads.
+DELTAMEM_DEVICE void clear_past_end(const ScanArgs& p, const Tensor& d, int threads) {
+  if (!p.rows.cu_seqlens || !d) return;
+  const int end = static_cast<int>(packed_end(p.rows)), rows = (p.plan.tokens - end) * p.plan.heads;
+  const int step = static_cast<int>(ptx::num_blocks()) * threads, channels = static_cast<int>(d.size[3]);
+  for (int row = static_cast<int>(ptx::block()) * threads + ptx::thread(); row < rows; row += step) {
+    const int64_t offset = d.offset(0, end + row / p.plan.heads, row % p.plan.heads);
+    for (int i = 0; i < channels; ++i) store_float(d, offset + i, 0.0f);
+  }
 }
 
 }  // namespace deltamem::cuda

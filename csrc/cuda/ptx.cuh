@@ -83,6 +83,13 @@ DELTAMEM_DEVICE float exp2(float x) {
   return y;
 }
 
+// 1 / x, one unit in the last place; 1 / inf = 0.
+DELTAMEM_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- threads ---------------------------------------------------------------------------------------------
 
 DELTAMEM_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
@@ -115,6 +122,8 @@ template <class T>
 DELTAMEM_DEVICE T shfl_down(T x, int distance) {
   return __shfl_down_sync(0xffffffffu, x, distance);
 }
+// The lowest bit that is set in x != 0.
+DELTAMEM_DEVICE int first_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }
 DELTAMEM_DEVICE uint32_t ballot(bool condition) { return __ballot_sync(0xffffffffu, condition); }
 
 // ---- memory shared by blocks -----------------------------------------------------------------------------

@@ -17,16 +17,17 @@ namespace deltamem::cuda {
 
 class Carver {
  public:
-  DELTAMEM_HD Carver() : base_(nullptr), used_(0) {}
+  DELTAMEM_HD Carver() : base_(nullptr), used_(0), lays_out_(false) {}
   static DELTAMEM_DEVICE Carver of_block() { return Carver(ptx::dynamic_shared_memory()); }
 
   // Uninitialised; aligned to kAlign bytes, at most 1024.
   template <class T, int kAlign = 16>
   DELTAMEM_HD T* take(int count) {
     used_ = (used_ + kAlign - 1) / kAlign * kAlign;
-    T* array = reinterpret_cast<T*>(reinterpret_cast<uintptr_t>(base_) + used_);
+    // no detour through integers: the compiler must see that arrays lie in shared memory
+    T* array = lays_out_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += count * static_cast<int>(sizeof(T));
-    if (base_ != nullptr) ptx::poison(base_ + used_, ptx::kRedZone);
+    if (lays_out_) ptx::poison(base_ + used_, ptx::kRedZone);
     used_ += ptx::kRedZone;
     return array;
   }
@@ -34,10 +35,11 @@ class Carver {
   DELTAMEM_HD size_t used() const { return used_; }
 
  private:
-  DELTAMEM_HD explicit Carver(char* base) : base_(base), used_(0) {}
+  DELTAMEM_HD explicit Carver(char* base) : base_(base), used_(0), lays_out_(true) {}
 
   char* base_;
   int used_;
+  bool lays_out_;
 };
 
 }  // namespace deltamem::cuda

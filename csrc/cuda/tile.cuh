@@ -13,7 +13,11 @@ struct Tile {
 
   T* data;  // [rows, kD], aligned to 16 bytes
 
-  DELTAMEM_DEVICE T* chunk(int row, int c) const { return data + row * kD + (c ^ (row & 7)) * 8; }
+  // The permutation stays within eight chunks, and is written so that compilers see it: a fragment's
+  // addresses are four, and constants beside them.
+  DELTAMEM_DEVICE T* chunk(int row, int c) const {
+    return data + (row * kD + ((c & 7) ^ (row & 7)) * 8 + (c & ~7) * 8);
+  }
   DELTAMEM_DEVICE T* at(int row, int d) const { return chunk(row, d / 8) + d % 8; }
 
   // Starts the copy of row [kD] by kThreads threads, of which this is number `thread`; zeros where not

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from deltamem_kernels.hf.attach import _memory, attach_with, attachment, check_model
 from deltamem_kernels.hf.config import DeltaMemConfig
@@ -63,6 +64,8 @@ def load_adapter(model, directory, *, dtype: torch.dtype = torch.float32) -> Del
 def save_adapter(model, directory, *, format: str = "safetensors") -> None:
     """Write the attached memory's config and parameters, each file whole or not at all.
 
+    Parameters that ``fully_shard`` has cut up are gathered: every process must then call this, and the first writes.
+
     Args:
         model: With a memory attached.
         directory: Made where it is missing.
@@ -74,13 +77,18 @@ def save_adapter(model, directory, *, format: str = "safetensors") -> None:
     record = attachment("save_adapter", model)
     if format not in ("safetensors", "pt"):
         raise ValueError(f"save_adapter: format must be safetensors or pt, got {format!r}")
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{name}.{leaf}": parameter.detach().cpu().contiguous()
+    parameters = {
+        f"{name}.{leaf}": parameter.detach()
         for name, module in record.attentions.items()
         for leaf, parameter in module.delta_mem.named_parameters()
     }
+    sharded = any(isinstance(x, DTensor) for x in parameters.values())
+    whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in parameters.items()}
+    if sharded and torch.distributed.get_rank() != 0:
+        return
+    tensors = {name: x.cpu().contiguous() for name, x in whole.items()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     written = TENSORS[0] if format == "safetensors" else TENSORS[1]
     save = save_file if format == "safetensors" else torch.save
     _replace(directory / written, lambda path: save(tensors, path))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deltamem_kernels.hf import attention, generation, generic
-from deltamem_kernels.hf.cache import begin_state, memory_layer
+from deltamem_kernels.hf.cache import begin_state, given_cache, memory_layer
 from deltamem_kernels.hf.config import DELTA_HEADS, DeltaMemConfig
 from deltamem_kernels.hf.families import family, features, float_weight
 from deltamem_kernels.hf.memory import LayerMemory
@@ -248,7 +248,7 @@ def _end(record: Attachment, decoder, args, kwargs, output):
     record.call = None
     state: DeltaMemState | None = call.container
     if state is not None and call.write:
-        state._advance(call.final)
+        state._advance(call.final, call.gates)
     call.final = call.container = None
 
 
@@ -268,7 +268,7 @@ def _segments(config: DeltaMemConfig, ids, B: int, T: int):
 
 def _read_mask(record, given, B: int, T: int) -> tuple[Padding | None, str | None]:
     """-> this call's pads, and why the mask is another one than causal with pads."""
-    mask, cache = given.get("attention_mask"), given.get("past_key_values")
+    mask, cache = given.get("attention_mask"), given_cache(given)
     index = 0
     if isinstance(mask, dict):
         # one for each type of layer, None: causal without pads

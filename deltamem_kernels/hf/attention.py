@@ -13,38 +13,35 @@ from deltamem_kernels import (
     fused_delta_attention_with_kvcache,
 )
 from deltamem_kernels.hf import generic
-from deltamem_kernels.hf.cache import IN_PLACE, Write, begin_state, memory_layer, refill_is_needed
+from deltamem_kernels.hf.cache import IN_PLACE, Write, begin_state, given_cache, memory_layer, refill_is_needed
 from deltamem_kernels.hf.segments import reads_and_writes
 
 # A logit of every dtype whose sigmoid is 0, up to rounding, and that of its negative 1.
 _CLOSED = -1e4
 
 
-def forward(module, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+def forward(module, hidden_states, position_embeddings=None, attention_mask=None, **kwargs):
     """Forward of a module whose family is known."""
     call = generic.current_call(module, kwargs)
     memory = module.delta_mem
-    why = _why_generic(module, call, past_key_values, kwargs)
-    if why is None and past_key_values is not None:
-        layer = memory_layer(past_key_values, module.layer_idx)
-        why = _why_not_in_place(layer, past_key_values, call)
+    cache = given_cache(kwargs)
+    why = _why_generic(module, call, cache, kwargs)
+    if why is None and cache is not None:
+        layer = memory_layer(cache, module.layer_idx)
+        why = _why_not_in_place(layer, cache, call)
     if not torch.compiler.is_compiling():
         memory.path = "fused" if why is None else f"generic: {why}"
     if why is not None:
-        kwargs |= {
-            "position_embeddings": position_embeddings,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-        }
-        return generic.run(module, call, hidden_states, past_key_values, (), kwargs)
+        kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
+        return generic.run(module, call, hidden_states, cache, (), kwargs)
     packed = memory.packed(hidden_states.dtype)
     shape = (*hidden_states.shape[:2], -1, module.head_dim)
     q, k, v = (p(hidden_states).view(shape) for p in (module.q_proj, module.k_proj, module.v_proj))
     arguments = _layer_arguments(module, call, packed, position_embeddings, hidden_states.shape[0])
-    if past_key_values is None:
+    if cache is None:
         out, reads = _without_cache(memory, call, packed, hidden_states, q, k, v, arguments)
     else:
-        out, reads = _with_cache(module, call, packed, hidden_states, q, k, v, arguments, past_key_values, layer)
+        out, reads = _with_cache(module, call, packed, hidden_states, q, k, v, arguments, cache, layer)
     y = module.o_proj(out.flatten(2))
     if "o" in packed.deltas:
         config = memory.config
@@ -112,7 +109,7 @@ def _without_cache(memory, call, packed, hidden, q, k, v, arguments):
         if segments:
             write = memory.scan_arguments(packed, tokens)
             final = delta_scan(**write, initial_state=state, token_mask=written).final_state
-        call.store(memory.index, final)
+        call.store(memory, final, packed, tokens, written)
     return result.out, result.reads
 
 
@@ -161,9 +158,9 @@ def _with_cache(module, call, packed, hidden, q, k, v, arguments, cache, layer):
         if call.states is None:
             layer.delta_put(final)
         else:
-            call.store(memory.index, final)
+            call.store(memory, final, packed, tokens, written)
     elif call.states is not None and call.write:
-        call.store(memory.index, pool)
+        call.store(memory, pool, packed, tokens, written)
     return out, reads
 
 

@@ -5,6 +5,7 @@ repeat, select, crop, reset, deepcopy) happens to the state as well. A state can
 be cropped records what was written since the last crop and writes the tokens that stay again.
 """
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,17 @@ from transformers.cache_utils import (
 )
 
 from deltamem_kernels import delta_scan
+
+
+def cache_keyword(forward) -> str:
+    """What this forward calls its KV cache: ``cache``, or ``past_key_values`` before transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
+def given_cache(arguments: dict):
+    """The KV cache among a call's arguments, which both names may carry."""
+    found = arguments.get("cache")
+    return arguments.get("past_key_values") if found is None else found
 
 
 class Write(NamedTuple):

@@ -4,7 +4,7 @@ import types
 
 import torch
 
-from deltamem_kernels.hf.cache import begin_state, memory_layer
+from deltamem_kernels.hf.cache import begin_state, given_cache, memory_layer
 from deltamem_kernels.hf.state import Padding
 
 _ARGUMENTS = ("delta_state", "delta_write", "delta_segment_ids", "delta_padding")
@@ -50,7 +50,7 @@ def _prepare_cache_for_generation(self, generation_config, model_kwargs, generat
     result = type(self)._prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, *args, **kwargs
     )
-    record, cache = self._delta_mem, model_kwargs.get("past_key_values")
+    record, cache = self._delta_mem, given_cache(model_kwargs)
     if model_kwargs.get("delta_state") is not None:
         if generation_config.num_beams > 1 or generation_mode.value == "assisted_generation":
             raise ValueError(
@@ -79,7 +79,7 @@ def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
     inputs = type(self).prepare_inputs_for_generation(self, input_ids, *args, **kwargs)
     tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     B, T = tokens.shape[:2]
-    mask, cache = kwargs.get("attention_mask"), inputs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), given_cache(inputs)
     if cache is not None and cache.is_compileable and (mask is None or mask.ndim == 2):
         inputs["delta_padding"] = False
         if mask is not None:

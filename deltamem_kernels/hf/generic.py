@@ -6,9 +6,10 @@ The module runs its own forward; hooks on its projections add the memory's corre
 from functools import partial
 
 import torch
+from transformers import Cache
 
 from deltamem_kernels import delta_output, delta_scan
-from deltamem_kernels.hf.cache import Write, begin_state, memory_layer
+from deltamem_kernels.hf.cache import Write, begin_state, given_cache, memory_layer
 from deltamem_kernels.hf.segments import reads_and_writes
 
 
@@ -18,16 +19,16 @@ def forward(module, *args, **kwargs):
     if not torch.compiler.is_compiling():
         module.delta_mem.path = f"generic: {type(module).__name__} is not a family that the fused path knows"
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values")
-    return run(module, call, hidden_states, cache, args, kwargs)
+    return run(module, call, hidden_states, given_cache(kwargs), args, kwargs)
 
 
 def check_kwargs(kwargs) -> None:
     """What no layer can run."""
-    if kwargs.get("cache") is not None:
+    cache = kwargs.get("cache")
+    if cache is not None and not isinstance(cache, Cache):
         raise NotImplementedError(
-            "forward: cache must be None (continuous batching has no slots for memory states), got "
-            f"{type(kwargs['cache']).__name__}; use generate()"
+            "forward: cache must be a decoder's Cache (continuous batching has no slots for memory states), got "
+            f"{type(cache).__name__}; use generate()"
         )
     if kwargs.get("cu_seq_lens_q") is not None:
         raise NotImplementedError("forward: sequences must not be packed into one row, got cu_seq_lens_q")
@@ -96,7 +97,7 @@ def advance(module, call, packed, hidden, cache):
     if layer is not None:
         layer.delta_put(final)
     elif call.states is not None:
-        call.store(memory.index, final)
+        call.store(memory, final, packed, tokens, written)
     return reads
 
 

@@ -186,6 +186,13 @@ class LayerMemory(nn.Module):
             "lam_bias": packed.lam_bias if write else None,
         }
 
+    def mean_gate(self, packed: Packed, tokens: Projected, written: Tensor | None) -> Tensor:
+        """Mean of beta over the rows of what each sequence writes, ``[B]`` fp32; 0 where it writes nothing."""
+        gates = torch.sigmoid(tokens.beta.float() + packed.beta_bias).mean((2, 3))  # [B, T]
+        if written is None:
+            return gates.mean(1)
+        return (gates * written).sum(1) / written.sum(1).clamp_min(1)
+
     def zero_state(self, batch_size: int, device: torch.device) -> Tensor:
         H, R = self.config.num_state_heads, self.config.rank
         return torch.zeros(batch_size, H, R, R, dtype=torch.float32, device=device)

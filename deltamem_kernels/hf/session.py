@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from deltamem_kernels.hf import session_file
 from deltamem_kernels.hf.attach import attachment
+from deltamem_kernels.hf.cache import cache_keyword
 from deltamem_kernels.hf.state import DeltaMemState
 from deltamem_kernels.hf.text import Text
 
@@ -241,14 +242,14 @@ class DeltaMemSession:
         held = self._held - self._start
         for layer in self._cache.layers:
             layer.crop(-max(0, layer.get_seq_length() - held))
-        state, options = self._state.clone(), {}
+        state, options = self._state.clone(), {cache_keyword(self.model.forward): self._cache}
         if write and self._config.writes_segments:
             segments = [0] * len(ids) if self._segments is None else self._segments(ids)
             options["delta_segment_ids"] = torch.tensor([segments], device=self._device)
         with torch.no_grad():
             result = self.model(
-                torch.tensor([ids], device=self._device), past_key_values=self._cache, use_cache=True,
-                logits_to_keep=1, delta_state=state, delta_write=write, **options,
+                torch.tensor([ids], device=self._device), use_cache=True, logits_to_keep=1, delta_state=state,
+                delta_write=write, **options,
             )  # fmt: skip
         self._held += len(ids)
         if final:

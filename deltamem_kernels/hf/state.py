@@ -14,10 +14,15 @@ class DeltaMemState:
 
     Args:
         tensors: One ``[B, H, R, R]`` fp32 tensor for each attached layer, in their order.
+
+    Attributes:
+        gates: How much the last call that wrote under grad mode let in, with its graph, for a loss on it: for each
+            layer the mean of beta over the rows of what each sequence wrote, ``[B]`` fp32. None before.
     """
 
     def __init__(self, tensors: list[Tensor]):
         self.tensors = list(tensors)
+        self.gates: list[Tensor] | None = None
 
     @classmethod
     def zeros(cls, model, batch_size: int) -> "DeltaMemState":
@@ -49,8 +54,10 @@ class DeltaMemState:
     def __repr__(self) -> str:
         return f"DeltaMemState({len(self.tensors)} x {tuple(self.tensors[0].shape)})"
 
-    def _advance(self, final: dict[int, Tensor]) -> None:
+    def _advance(self, final: dict[int, Tensor], gates: dict[int, Tensor]) -> None:
         advanced = [final.get(i, x) for i, x in enumerate(self.tensors)]
+        if gates:
+            self.gates = [gates[i] for i in sorted(gates)]
         if torch.is_grad_enabled() or any(x.requires_grad for x in self.tensors):
             self.tensors = advanced
             return
@@ -108,6 +115,7 @@ class Call:
     def __init__(self, states, write: bool, segments: Tensor | None, padding: Padding | None, custom: str | None):
         self.states = states  # the tensors of an explicit delta_state as the forward found them, or None
         self.final: dict[int, Tensor] | None = {}  # layer -> its state after the call; None once the forward returned
+        self.gates: dict[int, Tensor] = {}  # layer -> mean write gates, where it trains
         self.write = write
         self.trains = torch.is_grad_enabled()
         self._segments = segments  # [B, T], < 0 where a token is not written; None: every token writes
@@ -145,10 +153,15 @@ class Call:
             self._rotary[key] = cos, sin, position_embeddings  # held, so that its id stays its own
         return self._rotary[key][:2]
 
-    def store(self, index: int, state: Tensor) -> None:
-        """Layer ``index``'s state after the call. A recomputation comes when nobody waits for it."""
-        if self.final is not None:
-            self.final[index] = state
+    def store(self, memory, state: Tensor, packed, tokens, written: Tensor | None) -> None:
+        """A layer's state after the call, and what it wrote. A recomputation comes when nobody waits for it."""
+        # before that is known: checkpointing wants a recomputation to save what the forward saved
+        gates = memory.mean_gate(packed, tokens, written) if torch.is_grad_enabled() else None
+        if self.final is None:
+            return
+        self.final[memory.index] = state
+        if gates is not None:
+            self.gates[memory.index] = gates
 
 
 def diagonal(mask: Tensor, past) -> Tensor:

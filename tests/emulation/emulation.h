@@ -73,6 +73,8 @@ inline float exp2(float x) {
   return y < FLT_MIN ? 0.0f : y;
 }
 
+inline float reciprocal(float x) { return 1.0f / x; }
+
 // ---- threads ---------------------------------------------------------------------------------------------
 
 inline int thread() { return emulation::here.thread; }
@@ -90,7 +92,7 @@ inline void sync_named(int id, int threads, Site site = Site::current()) {
   emulation::sync_named(id, threads, site);
 }
 
-// Out of the warp, a lane gets its own.
+// Out of the warp, a lane gets its own. Of masks and distances the device takes the five lowest bits.
 template <class T>
 T shfl_from(T x, int source_lane, Site site) {
   static_assert(sizeof(T) == 4);
@@ -104,21 +106,24 @@ T shfl(T x, int source_lane, Site site = Site::current()) {
 }
 template <class T>
 T shfl_xor(T x, int mask, Site site = Site::current()) {
-  return shfl_from(x, (lane() ^ mask) < 32 ? lane() ^ mask : lane(), site);
+  return shfl_from(x, lane() ^ (mask & 31), site);
 }
 template <class T>
 T shfl_up(T x, int distance, Site site = Site::current()) {
-  return shfl_from(x, lane() - distance >= 0 ? lane() - distance : lane(), site);
+  const int from = lane() - (distance & 31);
+  return shfl_from(x, from >= 0 ? from : lane(), site);
 }
 template <class T>
 T shfl_down(T x, int distance, Site site = Site::current()) {
-  return shfl_from(x, lane() + distance < 32 ? lane() + distance : lane(), site);
+  const int from = lane() + (distance & 31);
+  return shfl_from(x, from < 32 ? from : lane(), site);
 }
 inline uint32_t ballot(bool condition, Site site = Site::current()) {
   emulation::Meeting meeting{emulation::Word::ballot, site, condition};
   emulation::meet(meeting);
   return meeting.value;
 }
+inline int first_bit(uint32_t x) { return std::countr_zero(x); }
 
 // ---- memory shared by blocks -----------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t B = 2, T = 70, HQ = 4, HKV = 2, D = 64, H = 1, R = 8, kHidden = 192;
 constexpr int64_t kFew = 19;  // tokens of ops that take each by itself
-constexpr int64_t kSlots = 160, kSegment = 64;
+constexpr int64_t kSlots = 160;
 
 class HostCall : public Call {
  public:
@@ -109,14 +109,14 @@ deltamem::Memory memory_inputs(Memory& m, int64_t tokens) {
   return memory;
 }
 
-DeltaScanParams scan(Memory& m) {
+DeltaScanParams scan(Memory& m, int64_t segment_len) {
   DeltaScanParams p;
   p.memory = memory_inputs(m, T);
   p.initial_state = m.fp32({B, H, R, R});
-  p.segment_len = kSegment;
+  p.segment_len = segment_len;
   p.reads = m.empty({B, T, H, R}, DType::f32);
   p.final_state = m.empty({B, H, R, R}, DType::f32);
-  p.tape = m.empty({B * ((T + kSegment - 1) / kSegment), H, R, R}, DType::f32);
+  p.tape = m.empty({B * ((T + segment_len - 1) / segment_len), H, R, R}, DType::f32);
   return p;
 }
 
@@ -212,9 +212,15 @@ DeltaOutputParams output(Memory& m) {
 
 // ---- ops -------------------------------------------------------------------------------------------------
 
+template <int64_t kSegmentLen>
+void run_scan_fwd(Memory& m, Call& call) {
+  delta_scan_fwd(scan(m, kSegmentLen), call);
+}
+
+template <int64_t kSegmentLen>
 void run_scan_bwd(Memory& m, Call& call) {
   DeltaScanBwdParams p;
-  p.fwd = scan(m);
+  p.fwd = scan(m, kSegmentLen);
   delta_scan_fwd(p.fwd, call);  // which makes the tape
   p.dreads = m.fp32({B, T, H, R});
   p.dfinal_state = m.fp32({B, H, R, R});
@@ -286,8 +292,10 @@ struct Op {
 };
 
 const Op kOps[] = {
-    {"delta_scan_fwd", [](Memory& m, Call& call) { delta_scan_fwd(scan(m), call); }},
-    {"delta_scan_bwd", run_scan_bwd},
+    {"delta_scan_fwd", run_scan_fwd<64>},
+    {"delta_scan_fwd_of_many_segments", run_scan_fwd<3>},
+    {"delta_scan_bwd", run_scan_bwd<64>},
+    {"delta_scan_bwd_of_many_segments", run_scan_bwd<3>},
     {"delta_scan_with_state_pool",
      [](Memory& m, Call& call) {
        delta_scan_with_state_pool({memory_inputs(m, T), {}, pool(m), m.empty({B, T, H, R}, DType::f32)},
