@@ -26,6 +26,7 @@ struct BackwardTiles {
   Tile<T, D> passing;               // kStages pairs of [64, D]: the others
   float2* statistics;               // [kStages, 64] of the passing columns: lse log2(e), delta
   ColumnTile *tile, *others;        // the staying columns, and their row as the passing ones
+  int2* whole;                      // passing columns that see all of the keys
   size_t bytes;
 
   DELTAMEM_HD explicit BackwardTiles(Carver carver)
@@ -35,6 +36,7 @@ struct BackwardTiles {
         statistics(carver.take<float2>(kStages * kKeys)),
         tile(carver.take<ColumnTile>(1)),
         others(carver.take<ColumnTile>(1)),
+        whole(carver.take<int2>(1)),
         bytes(carver.used()) {}
 
   DELTAMEM_DEVICE Tile<T, D> passing_a(int stage) const { return {passing.data + stage * 2 * kKeys * D}; }
@@ -180,10 +182,11 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Curve curve(p.softmax);
   const int last = lesser(keys.first + kKeys, keys.live) - 1;
   // columns that see one of the keys, and those that see all of them
-  const int2 early = queries_of_key(window, keys.live, keys.first),
-             late = queries_of_key(window, keys.live, last);
+  const int2 early = queries_of_key(window, keys.live, keys.first);
+  const int2 late = queries_of_key(window, keys.live, last);
+  const int2& whole = *shared.whole;
+  if (ptx::thread() == 0) *shared.whole = {late.x * group, early.y * group};
   const int begin = early.x * group / kKeys * kKeys, end = last < keys.first ? begin : late.y * group;
-  const int2 whole = {late.x * group, early.y * group};
 
   const auto load = [&](int first, int stage) {
     load_columns(p.rows, queries, p.q, aligned.q, first, shared.passing_a(stage));
