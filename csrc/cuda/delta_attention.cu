@@ -172,11 +172,10 @@ DELTAMEM_DEVICE void prepare_queries(const DeltaAttentionParams& p, const Forwar
 // From prepared q and ranges to sums; see the head of this file.
 template <class T, int D>
 DELTAMEM_DEVICE void attend(const DeltaAttentionCacheParams& p, const Alignment& aligned,
-                            const ForwardTiles<T, D>& shared, Attended<D>& result) {
+                            const Scores& scores, const ForwardTiles<T, D>& shared, Attended<D>& result) {
   const DeltaAttentionParams& a = p.attention;
   const BlockState<T>& state = *shared.state;
-  const Scores scores(a.softmax);
-  const int end = state.seen.any.y;
+  const int& end = state.seen.any.y;
   int stage = 0;
 #pragma unroll 1
   for (int first = state.seen.any.x / kKeys * kKeys; first < end; first += kKeys) {
@@ -261,7 +260,8 @@ DELTAMEM_DEVICE void store_results(const DeltaAttentionParams& p, bool aligned,
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2)
     delta_attention_kernel(const __grid_constant__ DeltaAttentionCacheParams p,
-                           const __grid_constant__ Cut cut, const __grid_constant__ Alignment aligned) {
+                           const __grid_constant__ Cut cut, const __grid_constant__ Alignment aligned,
+                           const __grid_constant__ Scores scores) {
   const DeltaAttentionParams& a = p.attention;
   const ForwardTiles<T, D> shared(Carver::of_block());
   const BlockState<T>& state = *shared.state;
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, D == 64 ? 3 : 2)
   if (prepares(a)) prepare_queries(a, shared);
 
   Attended<D> result;
-  attend(p, aligned, shared, result);
+  attend(p, aligned, scores, shared, result);
   store_results(a, aligned.out, shared, result);
 }
 
@@ -292,7 +292,8 @@ void launch_forward(const DeltaAttentionCacheParams& p, Call& call) {
                              has_aligned_rows(a.out)};
   const Cut cut(a.q, a.k.size[2], a.rows);
   launch<delta_attention_kernel<T, D>>(
-      call, {cut.num_blocks<kColumns>(), kThreads, ForwardTiles<T, D>(Carver()).bytes}, p, cut, aligned);
+      call, {cut.num_blocks<kColumns>(), kThreads, ForwardTiles<T, D>(Carver()).bytes}, p, cut, aligned,
+      Scores(a.softmax));
 }
 
 void run(const DeltaAttentionCacheParams& p, Call& call) {

@@ -25,7 +25,8 @@ struct BackwardTiles {
   Tile<T, D> staying_a, staying_b;  // [64, D]: q and dout, or k and v
   Tile<T, D> passing;               // kStages pairs of [64, D]: the others
   float2* statistics;               // [kStages, 64] of the passing columns: lse log2(e), delta
-  ColumnTile* tile;
+  ColumnTile *tile, *others;        // the staying columns, and their row as the passing ones
+  int2* whole;                      // passing columns that see all of the keys
   size_t bytes;
 
   DELTAMEM_HD explicit BackwardTiles(Carver carver)
@@ -34,6 +35,8 @@ struct BackwardTiles {
         passing{carver.take<T, 128>(kStages * 2 * kKeys * D)},
         statistics(carver.take<float2>(kStages * kKeys)),
         tile(carver.take<ColumnTile>(1)),
+        others(carver.take<ColumnTile>(1)),
+        whole(carver.take<int2>(1)),
         bytes(carver.used()) {}
 
   DELTAMEM_DEVICE Tile<T, D> passing_a(int stage) const { return {passing.data + stage * 2 * kKeys * D}; }
@@ -165,25 +168,25 @@ __global__ void __launch_bounds__(kThreads, 2)
     dkdv_kernel(const __grid_constant__ DeltaAttentionBwdParams p, const __grid_constant__ Cut cut,
                 const __grid_constant__ BackwardAlignment aligned, const float2* statistics) {
   const BackwardTiles<T, D> shared(Carver::of_block());
-  const ColumnTile& keys = *shared.tile;
+  const ColumnTile &keys = *shared.tile, &queries = *shared.others;
+  const int heads = static_cast<int>(p.q.size[2]), group = heads / cut.kv_heads;
   if (ptx::thread() == 0) {
-    *shared.tile =
+    *shared.tile = *shared.others =
         cut.tile_of_block<kKeys, false>([&](int row) { return self_sequence(p.rows, row, p.q.size[1]); });
+    shared.others->group = group;
+    shared.others->live *= group;
   }
   ptx::sync_block();
   if (keys.first >= keys.columns) return;
   const Window window(p.softmax);
   const Curve curve(p.softmax);
-  const int heads = static_cast<int>(p.q.size[2]), group = heads / cut.kv_heads;
   const int last = lesser(keys.first + kKeys, keys.live) - 1;
   // columns that see one of the keys, and those that see all of them
-  const int2 early = queries_of_key(window, keys.live, keys.first),
-             late = queries_of_key(window, keys.live, last);
+  const int2 early = queries_of_key(window, keys.live, keys.first);
+  const int2 late = queries_of_key(window, keys.live, last);
+  const int2& whole = *shared.whole;
+  if (ptx::thread() == 0) *shared.whole = {late.x * group, early.y * group};
   const int begin = early.x * group / kKeys * kKeys, end = last < keys.first ? begin : late.y * group;
-  const int2 whole = {late.x * group, early.y * group};
-  ColumnTile queries = keys;
-  queries.group = group;
-  queries.live = keys.live * group;
 
   const auto load = [&](int first, int stage) {
     load_columns(p.rows, queries, p.q, aligned.q, first, shared.passing_a(stage));
@@ -240,19 +243,18 @@ __global__ void __launch_bounds__(kThreads, 2)
     dq_kernel(const __grid_constant__ DeltaAttentionBwdParams p, const __grid_constant__ Cut cut,
               const __grid_constant__ BackwardAlignment aligned, const float2* statistics) {
   const BackwardTiles<T, D> shared(Carver::of_block());
-  const ColumnTile& tile = *shared.tile;
+  const ColumnTile &tile = *shared.tile, &keys = *shared.others;
   if (ptx::thread() == 0) {
-    *shared.tile =
+    *shared.tile = *shared.others =
         cut.tile_of_block<kKeys, true>([&](int row) { return self_sequence(p.rows, row, p.q.size[1]); });
+    shared.others->group = 1;
+    shared.others->live = static_cast<int>(shared.tile->keys.end);
   }
   ptx::sync_block();
   if (tile.first >= tile.columns) return;
   const Window window(p.softmax);
   const Curve curve(p.softmax);
   const SeenByTile seen(window, tile, kKeys);
-  ColumnTile keys = tile;
-  keys.group = 1;
-  keys.live = static_cast<int>(tile.keys.end);
 
   const auto load = [&](int first, int stage) {
     load_columns(p.rows, keys, p.k, aligned.k, first, shared.passing_a(stage));
