@@ -192,7 +192,7 @@ def main() -> None:
     subject = options.model or f"random weights of {options.geometry}"
     timing.print_header(f"generate: {subject}, batch 1, {options.cache} cache", env)
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():  # parameters made under inference mode count no versions: they would be packed at every call
         model = backbone(options.geometry, options.model, options.layers, dtype, device)
         memories = Memories(model, options.adapter)
         env["gate"] = check(model, memories, dtype)
@@ -201,6 +201,7 @@ def main() -> None:
         models = variants(model, memories)
         if options.rows:
             models = {name: m for name, m in models.items() if any(part in name for part in options.rows)}
+    with torch.inference_mode():
         table = timing.Table(COLUMNS)
         new, static = max(options.new), options.cache == "static"
         positions = getattr(model.config, "max_position_embeddings", None)

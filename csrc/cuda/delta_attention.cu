@@ -2,17 +2,17 @@
 //
 // A block takes 128 query columns of one kv head and meets their keys in tiles of 64. Three pieces:
 //
-//     prologue    q + delta reads -> RMSNorm -> RoPE in fp32, rounded once into a tile of shared memory,
-//     while
-//                 the first tiles of K and V fly
-//     mainloop    ForwardTiles::q (prepared; zeros where a column is no query) and the rows' ranges of keys
-//                 in, Attended out: fragments of m16n8k16, warp w holding rows 16 w .. and 64 + 16 w ..
-//     epilogue    out = sum p v / sum p, lse = log sum e^score; zeros and -inf for rows that saw nothing
+//     prologue  q + delta reads -> RMSNorm -> RoPE in fp32, rounded once into a tile of shared memory, while
+//               the first tiles of K and V fly
+//     mainloop  in: ForwardTiles::q, prepared, zeros where a column is no query, and the columns' slots;
+//               out: Attended, in fragments of m16n8k16, warp w with rows 16 w .. and 64 + 16 w ..
+//     epilogue  out = sum p v / sum p, lse = log sum e^score; zeros and -inf for rows that saw nothing
 //
 // The mainloop is FlashAttention-2's for mma.sync: four warps of 32 rows, so that each fragment of K or V
-// that ldmatrix brings serves two products; scores, P and out in registers; K and V tiles alternate in a ring
-// of three, each copied a whole step (softmax and one product) before its use, one barrier per tile. Another
-// mainloop needs nothing but these contracts: the tile of q has whole rows and any order of warps may fill
+// that ldmatrix brings serves two products; scores, P and out in registers; tiles of K and V alternate in a
+// ring of three, each on its way for a whole step (a softmax and a product) before its use, with one barrier
+// a tile. Masks are bits, one per key, and touched only in tiles that some row does not see whole. Another
+// mainloop needs nothing but these contracts: whichever warps filled the tile of q, a barrier stands behind
 // it, and wgmma's accumulators are the fragments that Attended holds.
 //
 // Floor: 4 D flops per visible (query, key) and head on the tensor cores' mma.sync rate.
@@ -202,13 +202,15 @@ DELTAMEM_DEVICE void attend(const DeltaAttentionCacheParams& p, const Alignment&
       }
     }
     result.meet(s, scores.factor);
+    Rounded<kFragments> weights;
+    round_products<T>(s, weights);
     stage = stage == 2 ? 0 : stage + 1;
     ptx::cp_async_wait<1>();
     ptx::sync_block();  // V has landed, and every warp is done with K
     if (next < end)
       load_keys(p, state, a.v, state.v, aligned.v, next, shared.stage(stage == 0 ? 2 : stage - 1));
     ptx::cp_async_commit();
-    accumulate(result.out, s, shared.stage(stage));
+    accumulate(result.out, weights, shared.stage(stage));
     stage = stage == 2 ? 0 : stage + 1;
   }
 }

@@ -257,28 +257,36 @@ DELTAMEM_DEVICE void multiply(float (&s)[kM][8][4], Tile<T, D> a, int row, int s
   }
 }
 
-// out [16, D] += s b: s [16, 64] as multiply left it, rounded to T; rows 0 .. 63 of tile b.
+// Products as multiply left them, rounded, in half the registers: operand a of accumulate.
+template <int kM>
+using Rounded = uint32_t[kM][8][2];
+
+template <class T, int kM>
+DELTAMEM_DEVICE void round_products(const float (&s)[kM][8][4], Rounded<kM>& p) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      p[m][n][0] = ptx::pack<T>(s[m][n][0], s[m][n][1]);
+      p[m][n][1] = ptx::pack<T>(s[m][n][2], s[m][n][3]);
+    }
+  }
+}
+
+// out [16, D] += p b: p [16, 64], rows 0 .. 63 of tile b.
 template <int kM, class T, int D>
-DELTAMEM_DEVICE void accumulate(float (&out)[kM][D / 8][4], const float (&s)[kM][8][4], Tile<T, D> b) {
+DELTAMEM_DEVICE void accumulate(float (&out)[kM][D / 8][4], const Rounded<kM>& p, Tile<T, D> b) {
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    uint32_t left[kM][4];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float (&x)[4] = s[m][2 * j + i / 2];
-        left[m][i] = ptx::pack<T>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
-      }
-    }
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
       uint32_t right[4];
       b.load_b_transposed(right, j * 16, n / 2);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
-        ptx::mma<T>(out[m][n], left[m], right[0], right[1]);
-        ptx::mma<T>(out[m][n + 1], left[m], right[2], right[3]);
+        const uint32_t left[4] = {p[m][2 * j][0], p[m][2 * j][1], p[m][2 * j + 1][0], p[m][2 * j + 1][1]};
+        ptx::mma<T>(out[m][n], left, right[0], right[1]);
+        ptx::mma<T>(out[m][n + 1], left, right[2], right[3]);
       }
     }
   }

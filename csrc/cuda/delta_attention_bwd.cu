@@ -219,8 +219,11 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     const float2* known = shared.statistics + stage * kKeys + ptx::lane() % 4 * 2;
     differentiate(s[0], dp[0], curve, sees, [&](int n, int i) { return known[n * 8 + i % 2]; });
-    accumulate(dv, s, shared.passing_b(stage));
-    accumulate(dk, dp, shared.passing_a(stage));
+    Rounded<1> weights, slopes;
+    round_products<T>(s, weights);
+    round_products<T>(dp, slopes);
+    accumulate(dv, weights, shared.passing_b(stage));
+    accumulate(dk, slopes, shared.passing_a(stage));
   }
   // a masked key's row ran along
   const auto live = [&](int row) {
@@ -289,7 +292,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       for (int h = 0; h < 2; ++h) sees[h] = shown & bits_of_range(own[h], first);
     }
     differentiate(s[0], dp[0], curve, sees, [&](int, int i) { return known[i / 2]; });
-    accumulate(dq, dp, shared.passing_a(stage));
+    Rounded<1> slopes;
+    round_products<T>(dp, slopes);
+    accumulate(dq, slopes, shared.passing_a(stage));
   }
   store_gradient(dq, p.softmax.scale, tile, shared.staying_a, p.dq, aligned.dq, [&](int row) {
     return statistic_of(statistics, p.q.size[1], p.q.size[2], tile, tile.first + row).x != INFINITY;

@@ -39,11 +39,10 @@ DELTAMEM_DEVICE void prefetch_weight(const Tensor& weight) {
 }
 
 template <class T, int kD, int kN>
-DELTAMEM_DEVICE void attend(const Argument& call, const Row& row, const Segment& segment,
-                            const Shared<T, kD>& shared, SliceLoader<T, kD>& loader,
-                            const Merge<T, kD>& merge) {
+DELTAMEM_DEVICE void attend(const Argument& call, const Segment& segment, const Shared<T, kD>& shared,
+                            SliceLoader<T, kD>& loader, const Merge<T, kD>& merge) {
   Sums<kD, kN> sums;
-  Attention<T, kD, kN>(call, row, segment, shared, sums).run(loader);
+  Attention<T, kD, kN>(call, segment, shared, sums).run(loader);
   ptx::sync_block();
   merge.put(sums);
 }
@@ -87,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
     const Merge<T, kD> merge(call, row, segment, shared);
     if (segment.columns <= 8) {
-      attend<T, kD, 1>(call, row, segment, shared, loader, merge);
+      attend<T, kD, 1>(call, segment, shared, loader, merge);
     } else {
-      attend<T, kD, kMaxColumns<kD> / 8>(call, row, segment, shared, loader, merge);
+      attend<T, kD, kMaxColumns<kD> / 8>(call, segment, shared, loader, merge);
     }
     if (segment.is_last) ptx::let_next_kernel_start();
     ptx::sync_block();

@@ -124,11 +124,10 @@ struct Sums {
 template <class T, int kD, int kN>
 class Attention {
  public:
-  DELTAMEM_DEVICE Attention(const Argument& call, const Row& row, const Segment& segment,
-                            const Shared<T, kD>& shared, Sums<kD, kN>& sums)
+  DELTAMEM_DEVICE Attention(const Argument& call, const Segment& segment, const Shared<T, kD>& shared,
+                            Sums<kD, kN>& sums)
       : call_(call), shared_(shared), sums_(sums) {
     first_ = segment.first_tile * kTileSlots + ptx::warp() * kSlice;
-    first_new_ = row.first_slot, news_ = call.p.attention.appended ? row.tokens : 0;
     end_ = first_ + segment.tiles * kTileSlots;
     seen_by_all_ = {shared.seen[max(segment.columns - 1, 0)].x, shared.seen[0].y};
   }
@@ -192,8 +191,8 @@ class Attention {
   };
   // Row r of the slice at hand, or the new token's whose slot it is.
   DELTAMEM_DEVICE ChunkRow row(Tile<T, kD> slice, Tile<T, kD> news, int r) const {
-    const int token = first_ + r - first_new_;
-    const bool is_new = token >= 0 && token < news_;
+    const int token = first_ + r - shared_.block->row.first_slot;
+    const bool is_new = call_.p.attention.appended && token >= 0 && token < shared_.block->row.tokens;
     const int index = is_new ? token : r;
     return {(is_new ? news.data : slice.data) + index * kD, index & 7};
   }
@@ -285,8 +284,7 @@ class Attention {
   const Argument& call_;
   const Shared<T, kD>& shared_;
   Sums<kD, kN>& sums_;
-  int first_, end_;       // slots of the slice at hand, and of the one past the last
-  int first_new_, news_;  // slots of new tokens
+  int first_, end_;  // slots of the slice at hand, and of the one past the last
   int2 seen_by_all_;
 };
 

@@ -14,6 +14,7 @@ template <int kRP>
 struct ReplayShape : LaneShape<kRP> {
   static constexpr int kThreads = LaneShape<kRP>::kConsumers + kProducers;
   static constexpr int kChunk = kChunkFloats / LaneShape<kRP>::kPitch;  // tokens
+  static constexpr int kBlocks = kRP == 8 ? 4 : kRP == 64 ? 1 : 2;      // of a multiprocessor
 };
 
 template <class S>
@@ -50,7 +51,7 @@ class ReplayLane {
     const int64_t stride = p_.reads.stride[1];
     float* reads = p_.reads.at<float>(x_.batch, token, x_.head) + row_;
     const bool reads_here = first_ == 0 && row_ < p_.plan.rank, write = p_.memory.write;
-    const bool per_token = p_.finish_slots && p_.finish_slots.ndim == 2;
+    const bool per_token = p_.finish_slots && p_.finish_slots.ndim == 2 && !x_.padding;
     int to_tape = p_.tape && !x_.padding ? (x_.begin + begin) % p_.tape_len : -1;
 #pragma unroll 2
     for (int t = 0; t < count; ++t, place += S::kPitch, reads += stride) {
@@ -106,7 +107,7 @@ class ReplayLane {
 
 // Block: kUnits segments of heads.
 template <int RP>
-__global__ void __launch_bounds__(ReplayShape<RP>::kThreads, RP == 64 ? 1 : 3)
+__global__ void __launch_bounds__(ReplayShape<RP>::kThreads, ReplayShape<RP>::kBlocks)
     replay_kernel(const __grid_constant__ ScanArgs p) {
   using S = ReplayShape<RP>;
   const ReplayMemory<S> shared(Carver::of_block());

@@ -19,7 +19,7 @@ namespace {
 
 // Block: kUnits segments of heads.
 template <int RP>
-__global__ void __launch_bounds__(ReverseShape<RP>::kThreads, RP == 64 ? 1 : 3)
+__global__ void __launch_bounds__(ReverseShape<RP>::kThreads, ReverseShape<RP>::kBlocks)
     reverse_kernel(const __grid_constant__ ReverseArgs p) {
   using S = ReverseShape<RP>;
   const ReverseMemory<S> shared(Carver::of_block());

@@ -7,10 +7,9 @@
 // The reverse pass takes g = dS through the same symmetric token maps in the opposite order, with dreads q in
 // place of write v k: kReverse. "First" and "before" are then meant in that order.
 //
-// A block takes a group. Its maps stand in shared memory, and their running products (the map from the
-// group's start to each segment's end) go to segment_maps. The last block of a supergroup to arrive does the
-// same with the groups' totals, to group_maps; the last of a sequence carries the state through the
-// supergroups, to starts. Whoever comes last computes the same numbers in the same order. A segment then
+// A block takes a group: the running products of its maps go to segment_maps. The last block of a supergroup
+// to arrive does the same with the groups' totals, to group_maps; the last of a sequence carries the state
+// through the supergroups, to starts. Whoever comes last computes the same in the same order. A segment then
 // starts two products behind its supergroup: carry_to_segment.
 #pragma once
 
@@ -61,17 +60,24 @@ struct MapMemory {
   DELTAMEM_DEVICE float* map(int i) const { return work + i * S::kSharedSize; }
 };
 
-// x = x M + b, b optional. m [RP, RP], b [RP], aligned to 16 bytes.
+// x = x M + b, b optional. m [RP, RP], b [RP], aligned to 16 bytes. A few lines of a large M are under way at
+// a time: all of it would be more than a lane's registers.
 template <int RP>
 DELTAMEM_DEVICE void apply_map(float (&x)[RP], const float* m, const float* b) {
-  float y[RP], line[RP];
-  clear(y);
+  constexpr int kLines = RP == 8 ? 8 : 4;
+  float y[RP] = {};
   if (b != nullptr) load_row(b, y);
+#pragma unroll 1
+  for (int first = 0; first < RP; first += kLines, m += kLines * RP) {
 #pragma unroll
-  for (int c = 0; c < RP; ++c) {
-    load_row(m + c * RP, line);
+    for (int c = 0; c < kLines; ++c) {
+      float line[RP];
+      load_row(m + c * RP, line);
 #pragma unroll
-    for (int j = 0; j < RP; ++j) y[j] = fmaf(x[c], line[j], y[j]);
+      for (int j = 0; j < RP; ++j) y[j] = fmaf(x[c], line[j], y[j]);
+    }
+#pragma unroll
+    for (int j = 0; j + kLines < RP; ++j) x[j] = x[j + kLines];
   }
 #pragma unroll
   for (int j = 0; j < RP; ++j) x[j] = y[j];
@@ -222,8 +228,8 @@ DELTAMEM_DEVICE void compose_groups(const ScanArgs& p, const Tree& tree, int sup
 template <int kCount>
 DELTAMEM_DEVICE void load_start(const ScanArgs& p, const Segment& x, int row, int first, float (&s)[kCount]) {
   clear(s);
-  const bool has_state =
-      p.start && x.exists && !x.padding && row < p.plan.rank && (!p.has_start || *p.has_start.at<bool>(x.row));
+  const bool has_state = p.start && x.exists && !x.padding && row < p.plan.rank &&
+                         (!p.has_start || *p.has_start.at<bool>(x.row));
   if (!has_state) return;
   const int64_t slot = p.start_slots ? *p.start_slots.at<int32_t>(x.row) : x.row;
   load_channels(p.start, p.start.offset(slot, x.head, row), first, p.plan.rank, s);
