@@ -188,7 +188,8 @@ def test_only_ptx_knows_the_device():
     for path in CUDA_SOURCES:
         if path.name == "ptx.cuh":
             continue
-        allowed = {"the emulation"} if path.name == "device.cu" else set()  # which tells the package
+        # host code, not kernels: what the package is told, and which launches may overlap
+        allowed = {"the emulation"} if path.name in ("device.cu", "launch.cuh") else set()
         for number, line in enumerate(path.read_text().splitlines(), 1):
             code = line.split("//")[0]
             named = {what for what, word in WORDS.items() if re.search(word, code)}
