@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from kernel_checks import TRITON
+from kernel_checks import CUDA, TRITON
 
 import deltamem_kernels as dk
 
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
