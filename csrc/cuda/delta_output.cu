@@ -56,7 +56,7 @@ DELTAMEM_DEVICE void sum_squares(const Correction& weights, const Sizes& s, int 
 }
 
 template <int kHR>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
     output_kernel(const __grid_constant__ DeltaOutputParams p, const __grid_constant__ Correction weights,
                   const __grid_constant__ Sizes s) {
   const bool has_norm = static_cast<bool>(p.rms_weight);

@@ -40,7 +40,7 @@ struct Scratch {
 
 // Block: kTokens tokens of kWarps heads, counted through q, k and v.
 template <int kD, int kHR>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 1)
     prep_kernel(const __grid_constant__ DeltaPrepParams p, const __grid_constant__ Target to, int64_t T,
                 int64_t tokens, int head_blocks) {
   const int HQ = p.q ? p.q.size[2] : 0, HK = p.k ? p.k.size[2] : 0, HV = p.v ? p.v.size[2] : 0;
