@@ -41,12 +41,13 @@ def kernel_attention(backend, layer):
     return fused_delta_attention(layer["q"], layer["k"], layer["v"], backend=backend).out
 
 
-def check_attention(layer, dtype, backend) -> dict[str, str]:
+def check_attention(layer, dtype, own) -> dict[str, str]:
     """Gate the bare attention, ours and every torch formulation. -> those of torch that failed, and why."""
     q, k, v = (layer[name] for name in "qkv")
     want = eager.causal_bmm(q.double(), k.double(), v.double())
     allowed = timing.budget(eager.causal_bmm(q, k, v), want, dtype)
-    timing.gate("kernel attention", kernel_attention(backend, layer), want, allowed)
+    for backend in own:
+        timing.gate(f"{backend} kernel attention", kernel_attention(backend, layer), want, allowed)
     failed = {}
     for name, attention in eager.prefill_attention(q.device).items():
         try:
@@ -56,24 +57,34 @@ def check_attention(layer, dtype, backend) -> dict[str, str]:
     return failed
 
 
-def check_layer(layer, dtype, backend, attention) -> None:
+def check_layer(layer, dtype, own, attention) -> None:
     """Gate out and reads of the whole layer, with and without memory, against fp64."""
     for memory in (False, True):
         want, want_reads, _ = eager.prefill(eager.in_fp64(layer), eager.causal_bmm, memory)
         plain, _, _ = eager.prefill(layer, eager.causal_bmm, memory)
         allowed = timing.budget(plain, want, dtype)
-        result = kernel(backend, layer, memory)
         name = f"{'with' if memory else 'without'} memory"
-        timing.gate(f"fused_delta_attention {name}: out", result.out, want, allowed)
-        out, _ = prepared_attention(backend, attention, layer, memory)
+        for backend in own:
+            result = kernel(backend, layer, memory)
+            timing.gate(f"{backend} fused_delta_attention {name}: out", result.out, want, allowed)
+            if memory:
+                timing.gate(f"{backend} fused_delta_attention {name}: reads", result.reads, want_reads, 1e-5)
+        out, _ = prepared_attention(own[0], attention, layer, memory)
         timing.gate(f"prep and torch attention {name}: out", out, want, allowed)
-        if memory:
-            timing.gate(f"fused_delta_attention {name}: reads", result.reads, want_reads, 1e-5)
 
 
-def run_length(layer, dtype, device, backend, ceilings, seconds) -> tuple[dict, dict]:
-    """-> timings by row, and what stands in the results beside them"""
-    failed = check_attention(layer, dtype, backend)
+def own_cases(backend, each, prefix="") -> dict:
+    return {
+        f"{prefix}kernel attention": each(partial(kernel_attention, backend)),
+        f"{prefix}kernel, no memory": each(partial(kernel, backend), False),
+        f"{prefix}kernel, delta-mem": each(partial(kernel, backend), True),
+    }
+
+
+def run_length(layer, dtype, device, own, ceilings, seconds) -> tuple[dict, dict]:
+    """own: our backends, the others behind the one asked for. -> timings by row, and what stands beside them"""
+    backend, *others = own
+    failed = check_attention(layer, dtype, own)
     read = sum(layer[name].nbytes for name in "qkv")
     copies = [{name: x.clone() for name, x in layer.items()} for _ in range(timing.copies_beyond_cache(read, device))]
 
@@ -88,15 +99,15 @@ def run_length(layer, dtype, device, backend, ceilings, seconds) -> tuple[dict, 
     )
     best = min(contest, key=lambda name: contest[name].median)
     attention = formulations[best]
-    check_layer(layer, dtype, backend, attention)
+    check_layer(layer, dtype, own, attention)
     cases = {
         "torch attention": each(lambda copy: attention(*(copy[x] for x in "qkv"))),
-        "kernel attention": each(partial(kernel_attention, backend)),
         "prep + torch attention": each(partial(prepared_attention, backend, attention), False),
         "scan + prep + torch attention": each(partial(prepared_attention, backend, attention), True),
-        "kernel, no memory": each(partial(kernel, backend), False),
-        "kernel, delta-mem": each(partial(kernel, backend), True),
+        **own_cases(backend, each),
     }
+    for other in others:
+        cases |= own_cases(other, each, f"{other} ")
     times = timing.measure({name: [ceiling.call] for name, ceiling in ceilings.items()} | cases, device, seconds)
     # a loop over tokens: a few turns of its own, and no graph of that many launches
     loop = {"torch + eager delta-mem": each(eager.prefill, attention)}
@@ -109,7 +120,8 @@ def run_length(layer, dtype, device, backend, ceilings, seconds) -> tuple[dict, 
 def results(tokens, batch, flops, times, beside):
     fastest = times["torch attention"].median
     for name, timed in times.items():
-        base = times.get(WITHOUT.get(name))
+        base = times.get(WITHOUT.get(name, name.replace("delta-mem", "no memory") if "kernel" in name else None))
+        base = None if base is timed else base
         yield {
             "T": tokens,
             "row": name,
@@ -127,6 +139,7 @@ def results(tokens, batch, flops, times, beside):
 
 def main() -> None:
     options = timing.parser(__doc__, "bf16", seconds=3.0)
+    options.add_argument("--against", nargs="*", default=[], help="other backends to measure in the same run")
     options.add_argument("--tokens", nargs="+", type=int, default=[2048])
     options.add_argument("--geometry", default="32/8/128", help="HQ/HKV/D")
     options.add_argument("--batch", type=int, default=1)
@@ -143,7 +156,8 @@ def main() -> None:
         for tokens in bar:
             layer = eager.random_layer(options.batch, tokens, heads, kv_heads, dim, tokens, dtype, device)
             backend = backends.choose("fused_delta_attention", options.backend, layer["q"], layer["mem_q"].shape[-1])
-            times, beside = run_length(layer, dtype, device, backend, ceilings, options.seconds)
+            own = [backend, *options.against]
+            times, beside = run_length(layer, dtype, device, own, ceilings, options.seconds)
             flops = 2 * options.batch * heads * tokens * tokens * dim
             measured = list(results(tokens, options.batch, flops, times, beside | {"backend": backend}))
             for row in measured:

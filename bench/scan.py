@@ -105,8 +105,9 @@ def history_ratio(kernel, tokens, rank, dtype, device) -> dict | None:
     return {"extra_bytes": peak - results, "history_bytes": history, "share": (peak - results) / history}
 
 
-def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
-    check(shape, dtype, device, kernel)
+def run_shape(shape, dtype, device, kernel, others, ceiling, seconds) -> list[dict]:
+    for scan in (kernel, *others.values()):
+        check(shape, dtype, device, scan)
     bytes_forward = 5 * torch.Size(shape).numel() * dtype.itemsize
     inputs = [random_inputs(shape, dtype, device) for _ in range(timing.copies_beyond_cache(bytes_forward, device))]
     dreads = torch.randn(shape, device=device)
@@ -120,17 +121,21 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
         kernels = {"ceiling": [ceiling.call], "forward": [partial(kernel, *x) for x in inputs]}
         if serial := serial_on(device):
             kernels["serial"] = [partial(serial, *inputs[0])]  # its chain of tokens outlasts any cache miss
+        kernels |= {name: [partial(scan, *x) for x in inputs] for name, scan in others.items()}
         forward = timing.measure(kernels, device, seconds)
     loop |= timing.measure(
         {"backward": [partial(gradients, eager.scan_loop, leaves(few), loop_dreads)]}, device, seconds, graph=False
     )
     backward = [partial(gradients, kernel, leaves(x), dreads) for x in inputs]
-    own = timing.measure({"forward": kernels["forward"], "backward": backward}, device, seconds)
+    trained = {name: [partial(gradients, scan, leaves(x), dreads) for x in inputs] for name, scan in others.items()}
+    own = timing.measure({"forward": kernels["forward"], "backward": backward} | trained, device, seconds)
     loop_us = {name: timed.median * 1e6 / few[0].shape[1] for name, timed in loop.items()}  # per token
     rows = []
     cases = (
         ("delta_scan fwd", forward["forward"], loop_us["forward"], 1),
+        *((f"{name} fwd", forward[name], loop_us["forward"], 1) for name in others),
         ("delta_scan fwd+bwd", own["backward"], loop_us["backward"], 2.8),
+        *((f"{name} fwd+bwd", own[name], loop_us["backward"], 2.8) for name in others),
     )
     for name, timed, torch_loop_us, passes in cases:
         rate = passes * bytes_forward / timed.median
@@ -150,7 +155,7 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
                 "speedup_over_torch_loop": torch_loop_us * shape[1] / (timed.median * 1e6),
                 "torch_loop_us_per_token": torch_loop_us,
                 "speedup_over_serial": forward["serial"].median / timed.median if serial and passes == 1 else None,
-                "times_own_forward": timed.median / own["forward"].median if passes > 1 else None,
+                "times_own_forward": timed.median / own["forward"].median if timed is own["backward"] else None,
             }
         )
     return rows
@@ -158,6 +163,7 @@ def run_shape(shape, dtype, device, kernel, ceiling, seconds) -> list[dict]:
 
 def main() -> None:
     options = timing.parser(__doc__, "fp32")
+    options.add_argument("--against", nargs="*", default=[], help="other backends to measure in the same run")
     options.add_argument(
         "--shapes", nargs="+", help="B/T/H/R such as 1/8192/1/8; default: a set of five, on a GPU of six"
     )
@@ -169,15 +175,14 @@ def main() -> None:
     env = timing.environment(device, options.dtype)
     timing.print_header("delta_scan: reads and final state of a sequence", env)
 
-    def kernel(*inputs):
-        return delta_scan(*inputs, backend=options.backend)
-
+    kernel = partial(delta_scan, backend=options.backend)
+    others = {name: partial(delta_scan, backend=name) for name in options.against}
     ceiling = timing.read_ceiling(device)
     table = timing.Table(COLUMNS)
     rows = []
     with timing.progress(shapes, "scan") as bar:
         for shape in bar:
-            measured = run_shape(shape, dtype, device, kernel, ceiling, options.seconds)
+            measured = run_shape(shape, dtype, device, kernel, others, ceiling, options.seconds)
             for row in measured:
                 own, plain = row["times_own_forward"], row["speedup_over_serial"]
                 table.row(

@@ -33,6 +33,7 @@ MEMORY = ("mem_q", "mem_k", "mem_v", "beta", "beta_bias", "delta_q")
 BARE = ("q", "k", "v")
 TORCH, ENGINE = "torch attention: ", "scan + prep + torch: "  # and a formulation's name
 EAGER, KERNEL = "torch + eager delta-mem", "kernel, delta-mem"
+OWN = ("kernel attention", "kernel, no memory", KERNEL)
 
 
 class Row(NamedTuple):
@@ -127,7 +128,7 @@ def run_length(tokens, rows, flops, ceiling, dtype, device, seconds) -> list[dic
     found = []
     for name, row in rows.items():
         timed = times[name]
-        without = times["kernel, no memory"] if name == KERNEL else None
+        without = times[name.replace("delta-mem", "no memory")] if name.endswith(KERNEL) else None
         found.append(
             {
                 "T": tokens,
@@ -151,6 +152,7 @@ def run_length(tokens, rows, flops, ceiling, dtype, device, seconds) -> list[dic
 
 def main() -> None:
     options = timing.parser(__doc__, "bf16", seconds=4.0)
+    options.add_argument("--against", nargs="*", default=[], help="other backends to measure in the same run")
     options.add_argument("--tokens", nargs="+", type=int, default=[1024])
     options.add_argument("--geometry", default="32/8/128", help="HQ/HKV/D")
     options.add_argument("--batch", type=int, default=1)
@@ -168,6 +170,9 @@ def main() -> None:
             dout, dreads = torch.randn_like(layer["q"]), torch.randn(layer["mem_q"].shape, device=device)
             backend = backends.choose("fused_delta_attention", options.backend, layer["q"], layer["mem_q"].shape[-1])
             rows = layer_rows(layer, dout, dreads, device, backend)
+            for other in options.against:
+                theirs = layer_rows(layer, dout, dreads, device, other)
+                rows |= {f"{other} {name}": theirs[name] for name in OWN}
             flops = 7 * options.batch * heads * tokens * tokens * dim
             measured = run_length(tokens, rows, flops, ceiling, dtype, device, options.seconds)
             for row in measured:

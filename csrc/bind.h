@@ -13,15 +13,20 @@
 
 namespace deltamem {
 
-inline const dlpack::ExchangeAPI* exchange_api(PyObject* object) {
+// The table that a tensor type publishes; all tensors here are of torch's.
+inline const dlpack::ExchangeAPI* exchange_api_of(PyObject* type) {
   static const dlpack::ExchangeAPI* api = nullptr;
   if (api == nullptr) {
-    auto capsule = pybind11::type::of(pybind11::handle(object)).attr("__dlpack_c_exchange_api__");
+    auto capsule = pybind11::handle(type).attr("__dlpack_c_exchange_api__");
     api = static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (api == nullptr) throw pybind11::error_already_set();
     if (api->version.major != 1) throw std::runtime_error("deltamem_kernels: DLPack major version must be 1");
   }
   return api;
+}
+
+inline const dlpack::ExchangeAPI* exchange_api(PyObject* object) {
+  return exchange_api_of(reinterpret_cast<PyObject*>(Py_TYPE(object)));
 }
 
 inline DType dtype_of(dlpack::DataType t) {
@@ -46,6 +51,7 @@ inline Tensor tensor_from(PyObject* object, int32_t device_type) {
   Tensor t;
   t.data = lent.data != nullptr ? static_cast<char*>(lent.data) + lent.byte_offset : &nothing;
   t.dtype = dtype_of(lent.dtype);
+  t.device = static_cast<int8_t>(lent.device.device_id);
   t.ndim = lent.ndim;
   for (int i = 0; i < lent.ndim; ++i) {
     t.size[i] = lent.shape[i];

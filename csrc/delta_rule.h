@@ -3,13 +3,6 @@
 
 #include "params.h"
 
-#if defined(__CUDACC__)
-#define DELTAMEM_HD __host__ __device__ __forceinline__
-#else
-// Forced inline: sources are compiled once per instruction set, and the linker must find no copy to merge.
-#define DELTAMEM_HD inline __attribute__((always_inline))
-#endif
-
 namespace deltamem {
 
 inline constexpr float kL2NormEps = 1e-6f;

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from deltamem_kernels import fused
-from deltamem_kernels.ops import LAUNCHERS, ROOMS, SCHEMAS
+from deltamem_kernels.ops import LAUNCHERS, NATIVE_MODULES, ROOMS, SCHEMAS
 
 # What `auto` tries, in order, per device type. A named backend is only ever itself.
 AUTO = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -40,6 +40,8 @@ DEFAULT = os.environ.get("DELTAMEM_BACKEND", "auto")
 
 MAX_RANK = 64  # of every backend but the reference
 MAX_HEAD_SIZE = 256  # of Triton's attention: wider tiles do not fit a multiprocessor's shared memory
+CUDA_HEAD_SIZES = (64, 128)  # of the CUDA attention; decode also has 256
+CUDA_OLDEST = 8  # compute capability's first number: mma of bf16, cp.async
 OLDEST_TRITON = "3.6"  # whose compiler and interpreter take our kernels
 
 
@@ -74,18 +76,31 @@ def _missing(backend: str) -> str | None:
             importlib.import_module("deltamem_kernels._cpu")
         except ImportError as error:
             return f"no native module (reinstall deltamem-kernels where a C++ compiler is): {error}"
+    if backend == "cuda":
+        try:
+            importlib.import_module("deltamem_kernels._cuda")
+        except ImportError as error:
+            return f"no CUDA module ({_why_no_cuda(error)}; reinstall deltamem-kernels where nvcc is)"
     return None
+
+
+def _why_no_cuda(error: ImportError) -> str:
+    try:
+        from deltamem_kernels._build import CUDA_MISSING
+    except ImportError:
+        return "the package was not built"
+    return CUDA_MISSING or str(error)
 
 
 # backend -> why it cannot run on this installation and how to get it, or None
 MISSING = {backend: _missing(backend) for backend in ROOMS}
 
+# The CUDA module that tests load where no device is: its kernels run on the CPU.
+EMULATED = MISSING["cuda"] is None and importlib.import_module(NATIVE_MODULES["cuda"]).emulated
+
 # backend -> the ops that it has kernels for
 COVERED = {
-    backend: {
-        op for op in LAUNCHERS[backend] if backend != "cuda" and _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")
-    }
-    for backend in ROOMS
+    backend: {op for op in LAUNCHERS[backend] if _has_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")} for backend in ROOMS
 }
 
 
@@ -102,8 +117,7 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
             return NotImplementedError(
                 f"{function}: the {backend} backend has no kernel for {op}; backend='reference' does it"
             )
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    wanted = "cpu" if backend == "cpu" or interpreted else "cuda"
+    wanted = "cpu" if backend == "cpu" or _runs_on_cpu(backend) else "cuda"
     if x.device.type != wanted:
         there = "cpu" if x.device.type == "cpu" and backend != "cpu" and not MISSING["cpu"] else "reference"
         return ValueError(
@@ -120,6 +134,37 @@ def refusal(function: str, backend: str, x: torch.Tensor, R: int) -> Exception |
         return NotImplementedError(
             f"{function}: head sizes above {MAX_HEAD_SIZE} are not covered by backend 'triton', got {x.shape[-1]}; "
             "backend='reference' does it"
+        )
+    return _cuda_refusal(function, x) if backend == "cuda" else None
+
+
+def _runs_on_cpu(backend: str) -> bool:
+    """Whether a GPU backend's kernels are interpreted, or emulated, over CPU tensors in this process."""
+    if backend == "cuda":
+        return EMULATED
+    return backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _cuda_refusal(function: str, x: torch.Tensor) -> Exception | None:
+    if not EMULATED:
+        device = torch.cuda.get_device_properties(x.device)
+        if device.major < CUDA_OLDEST:
+            return NotImplementedError(
+                f"{function}: GPUs of compute capability below {CUDA_OLDEST}.0 are not covered by backend 'cuda', "
+                f"got {device.major}.{device.minor}; backend='triton' may run there"
+            )
+    if "attention" not in function:
+        return None
+    if x.dtype == torch.float32:
+        return NotImplementedError(
+            f"{function}: float32 attention is not covered by backend 'cuda'; backend='triton' does it"
+        )
+    decodes = function == "fused_delta_attention_with_kvcache" and x.shape[1] <= fused.MAX_DECODE_TOKENS
+    covered = (*CUDA_HEAD_SIZES, 256) if decodes else CUDA_HEAD_SIZES
+    if x.shape[-1] not in covered:
+        return NotImplementedError(
+            f"{function}: head sizes other than {', '.join(map(str, covered))} are not covered by backend 'cuda' here, "
+            f"got {x.shape[-1]}; backend='triton' does it"
         )
     return None
 

@@ -6,6 +6,7 @@ op first runs. Shapes and letters are those of ``api.py``; memory tensors are 4-
 (the gradient of an absent input) is an empty tensor; a launcher may return None for it.
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 
@@ -18,6 +19,9 @@ ROOMS = {
     "triton": "deltamem_kernels.triton_ops",
     "cuda": "deltamem_kernels.native",
 }
+
+# native backend -> the compiled module that its launchers call
+NATIVE_MODULES = {"cpu": "deltamem_kernels._cpu", "cuda": "deltamem_kernels._cuda"}
 
 # Groups of arguments that several schemas share, in the order every launcher takes them.
 _SCAN_INPUTS = "Tensor mem_q, Tensor? mem_k, Tensor? mem_v, Tensor? beta, Tensor? lam"
@@ -238,6 +242,8 @@ def _lazy(op: str, backend: str) -> Callable:
         if launcher is None:
             module = importlib.import_module(f"{ROOMS[backend]}.{SCHEMAS[op][0]}")
             launcher = getattr(module, op)
+            if backend in NATIVE_MODULES:
+                launcher = functools.partial(launcher, importlib.import_module(NATIVE_MODULES[backend]))
         return launcher(*args)
 
     def run_on_their_device(*args):

@@ -1,21 +1,40 @@
 """Attention kernels against the reference in fp64. Allowed error: twice that of eager attention in the same dtype, on
 the same prepared q, plus one rounding unit of the result."""
 
+import itertools
 import math
 
+import pytest
 import torch
 from attention_inputs import defaults
 from gradients import ints
-from kernel_checks import TRITON
+from kernel_checks import CUDA, TRITON
 
 from deltamem_kernels import ops
 from deltamem_kernels.reference import delta_attention as reference
 from deltamem_kernels.reference.delta_prep import delta_prep_fwd
 from deltamem_kernels.reference.rows import cached_spans, slot_index, spans
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+HALVES = [torch.float16, torch.bfloat16]  # what the CUDA kernels take
 NAN = float("nan")
+
+
+def cases(dtypes, choices, cuda_choices):
+    """Parameters (backend, dtype, choice). The CUDA kernels take heads of 64 and 128; emulated, few tokens."""
+    found = []
+    for backend in BACKENDS:
+        its_dtypes, its_choices = (HALVES, cuda_choices) if backend is CUDA else (dtypes, choices)
+        name, marks = (backend, ()) if isinstance(backend, str) else (*backend.values, backend.marks)
+        for dtype, choice in itertools.product(its_dtypes, its_choices):
+            found.append(pytest.param(name, dtype, choice, marks=marks, id=f"{name}-{str(dtype)[6:]}-{choice}"))
+    return found
+
+
+def sized(backend, T, HQ, HKV, D, dtype=torch.float32):
+    """One size of a test, as the backend covers it."""
+    return (min(T, 150), min(HQ, 2 * HKV), HKV, 64, torch.bfloat16) if backend == "cuda" else (T, HQ, HKV, D, dtype)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------

@@ -1,19 +1,25 @@
 """Every test starts from one seed, and fresh memory is NaN until something writes it.
 
 A test marked ``gpu`` makes its tensors on the CUDA device; without one it is skipped. Triton's own tests are such where
-a device is; elsewhere its kernels are interpreted.
+a device is; elsewhere its kernels are interpreted, and those of the CUDA backend emulated: ``make emulated`` compiles
+them for the CPU, and their module takes the place of ``deltamem_kernels._cuda``.
 """
 
 import contextlib
 import os
 
+import emulated
 import pytest
 import torch
 
-# Triton looks when it is first imported, cuBLAS when it is first used: eager baselines must repeat, too.
+# Triton looks when it is first imported, the package when it looks for its modules, cuBLAS when it is first used: eager
+# baselines must repeat, too.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    emulated.load("deltamem_kernels._cuda", "_cuda")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import calls
 
 from deltamem_kernels import backends
 
@@ -42,6 +48,14 @@ def pytest_runtest_setup(item):
         if backend in EXPECTED:
             pytest.fail(f"backend {backend} is expected here: {reason}")
         pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def calls_that_the_backend_covers(request, monkeypatch):
+    backend = getattr(request.node, "callspec", None) and request.node.callspec.params.get("backend")
+    if backend == "cuda":
+        monkeypatch.setattr(calls, "D", 64)
+        monkeypatch.setattr(calls, "DTYPE", torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,8 @@ import torch
 from deltamem_kernels import _cpu, ops
 
 ISAS = _cpu.supported_isas()
+ON_DEVICE = [pytest.mark.gpu] if torch.cuda.is_available() else []  # elsewhere emulated
+CUDA = pytest.param("cuda", marks=ON_DEVICE)
 TRITON = pytest.param("triton", marks=pytest.mark.gpu)  # at these sizes the interpreter would take hours
 
 

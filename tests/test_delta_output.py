@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from kernel_checks import ISAS, TRITON, call, check_against_reference, instruction_set, same_bits, threads
+from kernel_checks import CUDA, ISAS, TRITON, call, check_against_reference, instruction_set, same_bits, threads
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 

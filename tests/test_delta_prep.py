@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_checks import (
+    CUDA,
     ISAS,
     TRITON,
     as_fp64,
@@ -15,7 +16,7 @@ from kernel_checks import (
     threads,
 )
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 NAN = float("nan")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_checks import ISAS, TRITON, call, instruction_set, map_tensors, same_bits, threads
+from kernel_checks import CUDA, ISAS, TRITON, call, instruction_set, map_tensors, same_bits, threads
 from safetensors import safe_open
 from scan_inputs import BF16, FP16, FP32, INPUTS, RULES, assert_close_as_eager, bwd_args, check_scan, ints, scan_args
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 GOLDEN = sorted((Path(__file__).parent / "data" / "golden" / "scan").glob("*.safetensors"))
 NAN = float("nan")
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from kernel_checks import ISAS, TRITON, as_fp64, call, instruction_set, map_tensors, same_bits, threads
+from kernel_checks import CUDA, ISAS, TRITON, as_fp64, call, instruction_set, map_tensors, same_bits, threads
 from scan_inputs import BF16, INPUTS, assert_close_as_eager, ints, scan_args
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 NAN = float("nan")
 OPTIONS = ("update_rule", "write", "use_qk_activation_in_kernel", "use_gate_in_kernel")
 

@@ -4,16 +4,20 @@ import math
 
 import pytest
 import torch
-from kernel_checks import TRITON
+from kernel_checks import CUDA, TRITON
 
 import deltamem_kernels as dk
 
 hypothesis = pytest.importorskip("hypothesis")
 given, st = hypothesis.given, hypothesis.strategies
 
-BACKENDS = ["cpu", TRITON]
+BACKENDS = ["cpu", CUDA, TRITON]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+
+HEAD_SIZES = (8, 20, 64, 96)
+# Of attention, what a backend covers: dtypes and head sizes.
+COVERED = {"cuda": (DTYPES[1:], (64, 128))}
 
 SCAN_STEPS = 200
 
@@ -114,9 +118,9 @@ def test_delta_scan(backend, data):
 
 
 @st.composite
-def attentions(draw, B, T, dtype, H, R):
+def attentions(draw, B, T, dtype, head_sizes, H, R):
     G, HKV = draw(st.sampled_from((1, 2, 3, 5))), draw(st.integers(1, 2))
-    D = draw(st.sampled_from((8, 20, 64, 96)))
+    D = draw(st.sampled_from(head_sizes))
     HQ = G * HKV
 
     def randn(*shape):
@@ -151,8 +155,9 @@ def attentions(draw, B, T, dtype, H, R):
 def test_fused_delta_attention(backend, data):
     B, T, cu = data.draw(lengths())
     memory, H, R = data.draw(memories(B, T))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    arguments, randn, HQ, HKV, D = data.draw(attentions(B, T, dtype, H, R))
+    dtypes, head_sizes = COVERED.get(backend, (DTYPES, HEAD_SIZES))
+    dtype = data.draw(st.sampled_from(dtypes))
+    arguments, randn, HQ, HKV, D = data.draw(attentions(B, T, dtype, head_sizes, H, R))
     arguments |= memory | {
         "q": randn(B, T, HQ, D),
         "k": randn(B, T, HKV, D),
@@ -173,8 +178,9 @@ def test_fused_delta_attention(backend, data):
 def test_fused_delta_attention_with_kvcache(backend, data):
     B, T = data.draw(st.integers(1, 3)), data.draw(st.sampled_from((1, 1, 2, 5, 16, 17, 23)))
     memory, H, R = data.draw(memories(B, T))
-    dtype = data.draw(st.sampled_from(DTYPES))
-    arguments, randn, HQ, HKV, D = data.draw(attentions(B, T, dtype, H, R))
+    dtypes, head_sizes = COVERED.get(backend, (DTYPES, HEAD_SIZES))
+    dtype = data.draw(st.sampled_from(dtypes))
+    arguments, randn, HQ, HKV, D = data.draw(attentions(B, T, dtype, head_sizes, H, R))
     seqlens = torch.randint(0, 60, (B,), dtype=torch.int32)
     valid = torch.randint(0, T + 1, (B, 1)) if "token_mask" in memory else torch.full((B, 1), T)
     capacity = 60 + T

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import deltamem_kernels as dk
-from deltamem_kernels import debug, plans
+from deltamem_kernels import backends, debug, plans
 
 SCAN, POOL, FUSED, CACHE, OUTPUT = calls.FUNCTIONS
 i32 = torch.int32
@@ -273,7 +273,36 @@ def test_wide_heads_are_not_for_triton(make, monkeypatch):
 
 
 @pytest.mark.parametrize("make", calls.FUNCTIONS)
-def test_missing_backends_say_why(make):
+def test_missing_backends_say_why(make, monkeypatch):
+    monkeypatch.setitem(backends.MISSING, "cuda", "no CUDA module (left out)")
     function, arguments = make()
-    with pytest.raises((NotImplementedError, RuntimeError), match=f"^{function.__name__}: "):
+    with pytest.raises(RuntimeError) as raised:
         function(**arguments, backend="cuda")
+    assert str(raised.value) == (
+        f"{function.__name__}: backend 'cuda' must be installed, got no CUDA module (left out)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "tail"),
+    [
+        ((1, 2, 2, 64), torch.float32, "float32 attention is not covered by backend 'cuda'; backend='triton' does it"),
+        (
+            (1, 2, 2, 96),
+            torch.bfloat16,
+            "head sizes other than 64, 128 are not covered by backend 'cuda' here, got 96; backend='triton' does it",
+        ),
+        (
+            (1, 20, 2, 256),
+            torch.bfloat16,
+            "head sizes other than 64, 128 are not covered by backend 'cuda' here, got 256; backend='triton' does it",
+        ),
+    ],
+)
+def test_attention_that_cuda_does_not_cover(shape, dtype, tail):
+    if backends.MISSING["cuda"]:
+        pytest.skip(backends.MISSING["cuda"])
+    x = torch.zeros(shape, dtype=dtype)
+    with pytest.raises(NotImplementedError) as raised:
+        dk.fused_delta_attention(x, x, x, backend="cuda")
+    assert str(raised.value) == f"fused_delta_attention: {tail}"

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/attention_tile.h"
-#include "cpu/mask.h"
+#include "mask.h"
 
 namespace deltamem::DELTAMEM_ISA {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/correction.h"
-#include "cpu/rows.h"
+#include "rows.h"
 
 namespace deltamem::DELTAMEM_ISA {
 

@@ -3,8 +3,8 @@
 #pragma once
 
 #include "cpu/row_vectors.h"
-#include "cpu/rows.h"
 #include "delta_rule.h"
+#include "rows.h"
 
 namespace deltamem::DELTAMEM_ISA {
 

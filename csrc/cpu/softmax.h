@@ -1,8 +1,8 @@
 // Softmax over scores held [keys, kLanes]: every lane is a query, so maxima and sums run down the rows.
 #pragma once
 
-#include "cpu/mask.h"
 #include "cpu/matmul.h"
+#include "mask.h"
 
 namespace deltamem::DELTAMEM_ISA {
 

@@ -2,10 +2,9 @@
 
 import torch
 
-from deltamem_kernels import _cpu
-
 
 def delta_attention_fwd(
+    kernels,
     q,
     k,
     v,
@@ -29,7 +28,7 @@ def delta_attention_fwd(
     B, T, HQ, _ = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty((B, HQ, T), dtype=torch.float32)
-    _cpu.delta_attention_fwd(
+    kernels.delta_attention_fwd(
         q,
         k,
         v,
@@ -50,12 +49,12 @@ def delta_attention_fwd(
         softcap,
         out,
         lse,
-        torch.get_num_threads(),
     )
     return out, lse
 
 
 def delta_attention_bwd(
+    kernels,
     dout,
     q,
     k,
@@ -72,7 +71,7 @@ def delta_attention_bwd(
     softcap,
 ):
     grads = [x.new_empty(x.shape) for x in (q, k, v)]
-    _cpu.delta_attention_bwd(
+    kernels.delta_attention_bwd(
         dout,
         q,
         k,
@@ -87,12 +86,12 @@ def delta_attention_bwd(
         window_right,
         softcap,
         *grads,
-        torch.get_num_threads(),
     )
     return tuple(grads)
 
 
 def delta_attention_with_kvcache(
+    kernels,
     q,
     k_cache,
     v_cache,
@@ -121,7 +120,7 @@ def delta_attention_with_kvcache(
     out,
     lse,
 ):
-    _cpu.delta_attention_with_kvcache(
+    kernels.delta_attention_with_kvcache(
         q,
         k_cache,
         v_cache,
@@ -148,5 +147,4 @@ def delta_attention_with_kvcache(
         num_splits,
         out,
         lse,
-        torch.get_num_threads(),
     )

@@ -1,11 +1,8 @@
 """Launcher of the decode step."""
 
-import torch
-
-from deltamem_kernels import _cpu
-
 
 def delta_decode(
+    kernels,
     q,
     k_cache,
     v_cache,
@@ -52,7 +49,7 @@ def delta_decode(
     reads,
     lse,
 ):
-    _cpu.delta_decode(
+    kernels.delta_decode(
         q,
         k_cache,
         v_cache,
@@ -97,5 +94,4 @@ def delta_decode(
         out,
         reads,
         lse,
-        torch.get_num_threads(),
     )

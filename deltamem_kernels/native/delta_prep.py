@@ -2,10 +2,9 @@
 
 import torch
 
-from deltamem_kernels import _cpu
-
 
 def delta_prep_fwd(
+    kernels,
     q,
     k,
     v,
@@ -24,7 +23,7 @@ def delta_prep_fwd(
 ):
     given = next(x for x in (q, k, v) if x is not None)
     results = [given.new_empty((0,) if x is None else x.shape) for x in (q, k, v)]
-    _cpu.delta_prep_fwd(
+    kernels.delta_prep_fwd(
         q,
         k,
         v,
@@ -41,12 +40,12 @@ def delta_prep_fwd(
         positions,
         cu_seqlens,
         *results,
-        torch.get_num_threads(),
     )
     return tuple(results)
 
 
 def delta_prep_with_kvcache(
+    kernels,
     k,
     v,
     k_cache,
@@ -66,7 +65,7 @@ def delta_prep_with_kvcache(
     block_table,
     state_indices,
 ):
-    _cpu.delta_prep_with_kvcache(
+    kernels.delta_prep_with_kvcache(
         k,
         v,
         k_cache,
@@ -85,11 +84,11 @@ def delta_prep_with_kvcache(
         cache_seqlens,
         block_table,
         state_indices,
-        torch.get_num_threads(),
     )
 
 
 def delta_prep_bwd(
+    kernels,
     dq_prep,
     dk_prep,
     dv_prep,
@@ -115,7 +114,7 @@ def delta_prep_bwd(
     grads = [None if x is None else x.new_empty(x.shape) for x in inputs]
     per_token = (*given.shape[:2], rotary_cos.shape[-1]) if rotary_grad else (0,)
     tables = [given.new_empty(per_token, dtype=torch.float32) for _ in range(2)]
-    _cpu.delta_prep_bwd(
+    kernels.delta_prep_bwd(
         dq_prep,
         dk_prep,
         dv_prep,
@@ -136,6 +135,5 @@ def delta_prep_bwd(
         cu_seqlens,
         *grads,
         *(tables if rotary_grad else (None, None)),
-        torch.get_num_threads(),
     )
     return (*(given.new_empty((0,)) if x is None else x for x in grads), *tables)

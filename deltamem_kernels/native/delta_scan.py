@@ -2,11 +2,11 @@
 
 import torch
 
-from deltamem_kernels import _cpu
 from deltamem_kernels.ops import SEGMENT_LEN, tape_shape
 
 
 def delta_scan_fwd(
+    kernels,
     mem_q,
     mem_k,
     mem_v,
@@ -29,7 +29,7 @@ def delta_scan_fwd(
     reads = mem_q.new_empty((B, T, H, R), dtype=torch.float32)
     final_state = mem_q.new_empty((rows, H, R, R), dtype=torch.float32)
     tape = mem_q.new_empty(tape_shape(mem_q, cu_seqlens, segment_len) if save_tape else (0,), dtype=torch.float32)
-    _cpu.delta_scan_fwd(
+    kernels.delta_scan_fwd(
         mem_q,
         mem_k,
         mem_v,
@@ -48,12 +48,12 @@ def delta_scan_fwd(
         reads,
         final_state,
         tape if save_tape else None,
-        torch.get_num_threads(),
     )
     return reads, final_state, tape
 
 
 def delta_scan_bwd(
+    kernels,
     dreads,
     dfinal_state,
     mem_q,
@@ -75,7 +75,7 @@ def delta_scan_bwd(
 ):
     inputs = (mem_q, mem_k, mem_v, beta, lam, initial_state, beta_bias, lam_bias)
     given = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs]
-    _cpu.delta_scan_bwd(
+    kernels.delta_scan_bwd(
         dreads,
         dfinal_state,
         mem_q,
@@ -95,12 +95,12 @@ def delta_scan_bwd(
         segment_len or SEGMENT_LEN,
         tape,
         *given,
-        torch.get_num_threads(),
     )
     return tuple(given)
 
 
 def delta_scan_with_state_pool(
+    kernels,
     mem_q,
     mem_k,
     mem_v,
@@ -120,7 +120,7 @@ def delta_scan_with_state_pool(
     use_gate_in_kernel,
     reads,
 ):
-    _cpu.delta_scan_with_state_pool(
+    kernels.delta_scan_with_state_pool(
         mem_q,
         mem_k,
         mem_v,
@@ -139,5 +139,4 @@ def delta_scan_with_state_pool(
         use_qk_activation_in_kernel,
         use_gate_in_kernel,
         reads,
-        torch.get_num_threads(),
     )

@@ -1,21 +1,23 @@
 // Which keys a query sees. Queries and keys stand at slots: the index in the sequence, or in the cache.
 #pragma once
 
-#include "cpu/rows.h"
+#include "rows.h"
 
-namespace deltamem::DELTAMEM_ISA {
+namespace deltamem {
 
 // Slots [begin, end).
 struct KeyRange {
   int64_t begin, end;
-  bool empty() const { return end <= begin; }
-  KeyRange joined(KeyRange other) const { return {min(begin, other.begin), max(end, other.end)}; }
-  bool covers(KeyRange other) const { return begin <= other.begin && other.end <= end; }
+  DELTAMEM_HD bool empty() const { return end <= begin; }
+  DELTAMEM_HD KeyRange joined(KeyRange other) const {
+    return {begin < other.begin ? begin : other.begin, end > other.end ? end : other.end};
+  }
+  DELTAMEM_HD bool covers(KeyRange other) const { return begin <= other.begin && other.end <= end; }
 };
 
 // What the causal rule and the window leave of `keys` to the query at `slot`. Differences, not sums, are
 // compared with the window: it may be as large as an int64.
-inline KeyRange visible_keys(const Softmax& softmax, int64_t slot, KeyRange keys) {
+DELTAMEM_HD KeyRange visible_keys(const Softmax& softmax, int64_t slot, KeyRange keys) {
   int64_t left = softmax.window_left, right = softmax.causal ? 0 : softmax.window_right;
   KeyRange seen = keys;
   if (left >= 0 && left < slot - keys.begin) seen.begin = slot - left;
@@ -31,20 +33,20 @@ struct Sequence {
 };
 
 // Without a cache, slots count the tokens of the span.
-inline Sequence self_sequence(const Rows& rows, int64_t row, int64_t tokens) {
+DELTAMEM_HD Sequence self_sequence(const Rows& rows, int64_t row, int64_t tokens) {
   Span span = row_span(rows, row, tokens);
   return {span, 0, {0, span.length}};
 }
 
 // With a cache: masked tail tokens are no queries; the queries are the last slots before the keys' end.
-inline Sequence cached_sequence(const DeltaAttentionCacheParams& p, int64_t row) {
+DELTAMEM_HD Sequence cached_sequence(const DeltaAttentionCacheParams& p, int64_t row) {
   const Rows& rows = p.attention.rows;
   Span span = row_span(rows, row, p.attention.q.size[1]);
   span.length = is_padding(p.state_indices, row) ? 0 : unmasked_length(rows, span);
   int64_t filled = *p.cache.cache_seqlens.at<int32_t>(row);
   int64_t end = p.appended ? filled + span.length : filled;
   int64_t begin = p.cache.cache_leftpad ? *p.cache.cache_leftpad.at<int32_t>(row) : 0;
-  return {span, end - span.length, {begin, max(begin, end)}};
+  return {span, end - span.length, {begin, begin < end ? end : begin}};
 }
 
 // Where the rows of keys (or values) of one sequence and kv head lie: slots of a batch row, or pages.
@@ -54,11 +56,11 @@ struct KeyRows {
   const int32_t* pages;  // of this sequence, optional
 
   template <class T>
-  const T* at(int64_t slot) const {
+  DELTAMEM_HD const T* at(int64_t slot) const {
     if (pages == nullptr) return tensor->at<T>(batch, start + slot, head);
     int64_t page_size = tensor->size[1];
     return tensor->at<T>(pages[slot / page_size], slot % page_size, head);
   }
 };
 
-}  // namespace deltamem::DELTAMEM_ISA
+}  // namespace deltamem
