@@ -67,7 +67,9 @@ static-cuda: $(VENV)/installed
 	rm -f $(LAUNCHES)/log
 	cd tests && DELTAMEM_EMULATED=$(LAUNCHES) DELTAMEM_EMULATION_LAUNCHES=$(LAUNCHES)/log \
 	  ../$(BIN)/pytest -k "cuda and not compile" test_delta_*.py test_chain.py
-	cd tests && ../$(BIN)/python cuda_resources.py --launches $(LAUNCHES)/log --output ../bench/results/cuda-resources.txt
+	DELTAMEM_CUDA=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LAUNCHES)/built .
+	cd tests && ../$(BIN)/python cuda_resources.py $(LAUNCHES)/built/deltamem_kernels/_cuda.*.so \
+	  --launches $(LAUNCHES)/log --output ../bench/results/cuda-resources.txt
 static-triton: $(VENV)/installed
 	cd tests && TRITON_INTERPRET=0 ../$(BIN)/python lowering.py --summary ../bench/results/triton-lowering.txt
 

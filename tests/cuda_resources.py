@@ -1,27 +1,23 @@
 """What every CUDA kernel takes of every GPU it is built for, without one: `make static` prints the table.
 
-Registers and spills are ptxas's. Threads and shared memory of a block are those of the largest launch that the tests of
-the emulated module make (a log that the emulation writes, --launches); blocks and warps that live on a multiprocessor
-follow from both. Exits with 1 if a kernel spills or asks for more shared memory than a chip grants.
+Registers and stack are read from what nvcc built (a spill is an error there). Threads and shared memory of a block are
+those of the largest launch that the tests of the emulated module make (a log that the emulation writes, --launches);
+blocks and warps that live on a multiprocessor follow from both. Exits with 1 if a kernel asks for more shared memory than a
+chip grants.
 """
 
 import argparse
-import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-PTXAS_ENTRY = re.compile(
-    r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    r".*?Used (\d+) registers",
-    re.DOTALL,
-)
+import triton
+
+ENTRY = re.compile(r"arch = sm_(\w+)|Function (\w+):\s+REG:(\d+) STACK:(\d+)")
 
 
 class Chip(NamedTuple):
@@ -48,7 +44,7 @@ class Kernel(NamedTuple):
     name: str
     arch: str
     registers: int
-    spilled: int  # bytes
+    stack: int  # bytes
 
 
 def plain_name(text: str) -> str:
@@ -61,18 +57,24 @@ def plain_name(text: str) -> str:
     return found[1] + arguments.replace(", ", ",").replace("> >", ">>")
 
 
-def compile_one(source: Path, arch: str) -> list[Kernel]:
-    command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}", "-Xptxas=-v", "-cubin"]
-    done = subprocess.run([*command, "-o", os.devnull, str(source)], capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    entries = PTXAS_ENTRY.findall(done.stderr)
-    mangled = "\n".join(entry[0] for entry in entries)
-    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True)
-    return [
-        Kernel(plain_name(name), arch, int(registers), int(stores) + int(loads))
-        for name, (_, _, stores, loads, registers) in zip(names.stdout.splitlines(), entries, strict=True)
-    ]
+def cuobjdump() -> str:
+    """CUDA's, or the one in Triton's wheel."""
+    packages = Path(triton.__file__).parent
+    return shutil.which("cuobjdump") or str(packages / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def kernels_in(built: Path) -> list[Kernel]:
+    command = [cuobjdump(), "--dump-resource-usage", str(built)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found, arch = [], ""
+    for arch_now, mangled, registers, stack in ENTRY.findall(text):
+        if arch_now:
+            arch = arch_now
+        else:
+            found.append((mangled, arch, int(registers), int(stack)))
+    mangled = "\n".join(name for name, *_ in found)
+    names = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [Kernel(plain_name(name), *rest) for name, (_, *rest) in zip(names, found, strict=True)]
 
 
 def launches(log: Path) -> dict[str, tuple[int, int]]:
@@ -98,46 +100,43 @@ def row(name: str, kernels: list[Kernel], shape: tuple[int, int] | None) -> tupl
     cells, faults = [], []
     for kernel in kernels:
         cell = str(kernel.registers)
-        if kernel.spilled:
-            cell += "!"
-            faults.append(f"{name} spills {kernel.spilled} bytes on sm_{kernel.arch}")
+        if kernel.stack:
+            cell += f"+{kernel.stack}"
         if shape:
             blocks = resident_blocks(kernel, *shape)
             cell += f" {blocks}x{-(-shape[0] // 32)}"
             if shape[1] > CHIPS[kernel.arch].shared_kib_per_block * 1024:
                 faults.append(f"{name} asks for {shape[1]} bytes of shared memory on sm_{kernel.arch}")
-        cells.append(f"{cell:>9}")
+        cells.append(f"{cell:>11}")
     launched = f"{shape[0]:>7} {shape[1] / 1024:>7.1f}" if shape else f"{'-':>7} {'-':>7}"
     return f"{name:<58} {launched} {' '.join(cells)}", faults
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("built", type=Path, nargs="+", help="the CUDA module, or objects of it")
     parser.add_argument("--launches", type=Path, required=True, help="the emulation's log of launches")
     parser.add_argument("--output", type=Path, help="a file for the table")
-    parser.add_argument("--archs", nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    jobs = [(source, arch) for source in SOURCES for arch in options.archs]
-    with ThreadPoolExecutor(options.processes) as pool:
-        compiled = [kernel for kernels in pool.map(lambda job: compile_one(*job), jobs) for kernel in kernels]
+    compiled = [kernel for built in options.built for kernel in kernels_in(built)]
+    archs = [arch for arch in CHIPS if any(kernel.arch == arch for kernel in compiled)]
     shapes = launches(options.launches)
     kernels = defaultdict(list)
     for kernel in compiled:
         kernels[kernel.name].append(kernel)
-    heads = " ".join(f"{'sm_' + arch:>9}" for arch in options.archs)
+    heads = " ".join(f"{'sm_' + arch:>11}" for arch in archs)
     lines = [
-        "Registers of a thread (! spills); blocks x warps that a multiprocessor holds; KiB of shared memory a block.\n",
+        "Registers of a thread, + bytes of stack; blocks x warps that a multiprocessor holds; KiB of shared memory a block.\n",
         f"{'kernel':<58} {'threads':>7} {'shared':>7} {heads}",
     ]
     faults = []
     for name in sorted(kernels):
-        line, wrong = row(name, kernels[name], shapes.get(name))
+        line, wrong = row(name, sorted(kernels[name], key=lambda kernel: archs.index(kernel.arch)), shapes.get(name))
         lines.append(line)
         faults += wrong
     never = ", ".join(sorted(set(kernels) - set(shapes))) or "none"
-    lines.append(f"\n{len(kernels)} kernels, {len(options.archs)} chips; never launched by the tests: {never}")
-    lines += faults or ["no spills; shared memory within every chip's limit"]
+    lines.append(f"\n{len(kernels)} kernels, {len(archs)} chips; never launched by the tests: {never}")
+    lines += faults or ["nothing spills (the build would fail); shared memory is within every chip's limit"]
     print("\n".join(lines))
     if options.output:
         options.output.write_text("\n".join(lines) + "\n")
