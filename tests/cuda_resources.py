@@ -2,8 +2,8 @@
 
 Registers and stack are read from what nvcc built (a spill is an error there). Threads and shared memory of a block are
 those of the largest launch that the tests of the emulated module make (a log that the emulation writes, --launches);
-blocks and warps that live on a multiprocessor follow from both. Exits with 1 if a kernel asks for more shared memory than a
-chip grants.
+blocks and warps that live on a multiprocessor follow from both. Exits with 1 if a kernel asks for more shared memory
+than a chip grants.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main() -> None:
         kernels[kernel.name].append(kernel)
     heads = " ".join(f"{'sm_' + arch:>11}" for arch in archs)
     lines = [
-        "Registers of a thread, + bytes of stack; blocks x warps that a multiprocessor holds; KiB of shared memory a block.\n",
+        "Registers + bytes of stack of a thread; blocks x warps of a multiprocessor; KiB of shared memory of a block.\n",
         f"{'kernel':<58} {'threads':>7} {'shared':>7} {heads}",
     ]
     faults = []
