@@ -126,7 +126,7 @@ def main() -> None:
         kernels[kernel.name].append(kernel)
     heads = " ".join(f"{'sm_' + arch:>11}" for arch in archs)
     lines = [
-        "Registers + bytes of stack of a thread; blocks x warps of a multiprocessor; KiB of shared memory of a block.\n",
+        "Registers + bytes of stack of a thread; blocks x warps a multiprocessor; KiB of shared memory of a block.\n",
         f"{'kernel':<58} {'threads':>7} {'shared':>7} {heads}",
     ]
     faults = []
