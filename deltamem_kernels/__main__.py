@@ -18,9 +18,10 @@ def describe(backend: str) -> str:
         return f"built for {', '.join(kernels.supported_isas())} of this processor; uses {kernels.isa()}"
     if backend == "cuda":
         kernels = importlib.import_module(ops.NATIVE_MODULES[backend])
-        return (
-            "emulated on the CPU" if kernels.emulated else f"built for sm_{kernels.architectures.replace(';', ', sm_')}"
-        )
+        if kernels.emulated:
+            return "emulated on the CPU"
+        built = [arch.removesuffix("-real") for arch in kernels.architectures.split(",") if arch.endswith("-real")]
+        return f"built for sm_{', sm_'.join(built)}, and as PTX for later GPUs"
     if backend == "triton":
         return f"Triton {importlib.import_module('triton').__version__}"
     return "pure PyTorch"
