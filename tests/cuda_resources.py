@@ -83,7 +83,7 @@ def launches(log: Path) -> dict[str, tuple[int, int]]:
     for line in log.read_text().splitlines():
         threads, shared, text = line.split(" ", 2)
         name = plain_name(re.search(r"kKernel = (.*?)[;\]]", text)[1])
-        largest[name] = max(largest[name], (int(threads), int(shared)), key=lambda shape: shape[1])
+        largest[name] = max(largest[name], (int(threads), int(shared)), key=lambda shape: shape[::-1])
     return largest
 
 

@@ -37,6 +37,9 @@ CASES = {
     "one_token": {"B": 1, "T": 1, "hidden": 1030, "dtype": BF16},
     "one_token_rms": {"B": 1, "T": 1, "hidden": 1030, "rms": True, "residual": True},
     "many_tokens": {"T": 71, "hidden": 300, "rms": True, "H": 2, "R": 6},
+    # the CUDA backward's parts have two chunks of tokens each
+    "long": {"B": 1, "T": 8300, "hidden": 8, "rms": True},
+    "long_generic": {"B": 1, "T": 8300, "hidden": 5, "R": 2},
     "no_tokens": {"T": 0, "rms": True},
 }
 

@@ -69,6 +69,7 @@ CASES = {
     "fp32_weights_fp16": {"weights": FP16},
     "head_128": {"D": 128, "R": 16, "dtype": BF16},
     "head_256": {"D": 256, "H": 4},
+    "head_256_one_state": {"D": 256, "dtype": BF16},
     "head_96_half_rotary": {"D": 96, "rotary": 0.5, "dtype": BF16, "weights": FP32},
     "head_odd": {"D": 37, "R": 3, "rotary": 0.7},
     # with one channel the norm's gradient is all cancellation
@@ -81,6 +82,9 @@ CASES = {
     "many_states": {"H": 4, "R": 16},
     "one_token": {"B": 1, "T": 1, "dtype": BF16},
     "many_tokens": {"B": 3, "T": 50, "HQ": 2, "HKV": 1},
+    # the CUDA backward's parts have two chunks of tokens each
+    "long": {"B": 1, "T": 8300, "HQ": 1, "HKV": 1, "D": 8, "tables": 3},
+    "long_generic": {"B": 1, "T": 8300, "HQ": 1, "HKV": 1, "D": 4, "R": 2, "tables": 3, "absent": NO_NORM},
     "packed": {"packed": (0, 3, 3, 11, 12), "T": 15},
     "packed_full": {"packed": (0, 20, 41), "T": 41, "interleaved": True},
     "packed_empty": {"packed": (0, 0), "T": 3},
