@@ -93,6 +93,13 @@ def test_kernels_do_their_own_work(make, backend):
             op(*args)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """A function is compiled anew for each backend, and torch counts that."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", MAKERS)
 def test_compile_fullgraph(make, backend):
@@ -109,6 +116,7 @@ def test_compile_fullgraph(make, backend):
             torch.testing.assert_close(other[name], x, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("make", [SCAN, FUSED, OUTPUT])
 def test_compile_backward(make, backend):

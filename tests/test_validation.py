@@ -279,7 +279,8 @@ def test_missing_backends_say_why(make, monkeypatch):
     with pytest.raises(RuntimeError) as raised:
         function(**arguments, backend="cuda")
     assert str(raised.value) == (
-        f"{function.__name__}: backend 'cuda' must be installed, got no CUDA module (left out)"
+        f"{function.__name__}: backend 'cuda' must be installed, got no CUDA module (left out); "
+        "backend='reference' does it"
     )
 
 
