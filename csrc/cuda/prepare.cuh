@@ -27,7 +27,7 @@ struct TokenPlace {
   }
 };
 
-// `index` in the row plus the row's first position, unless positions are given.
+// The token's own slot, unless positions are given.
 DELTAMEM_DEVICE int64_t position_of(const Rotary& rotary, int64_t batch, int64_t token, int64_t slot) {
   return rotary.positions ? *rotary.positions.at<int32_t>(batch, token) : slot;
 }
