@@ -134,7 +134,7 @@ def without_memory(model):
     return model
 
 
-_NO_CORRECTIONS = Packed(None, None, None, {}, None)
+_NO_CORRECTIONS = Packed(None, None, None, {}, None, {})
 
 
 def _forward_without_memory(module, hidden_states, position_embeddings, attention_mask=None, **kw):
@@ -142,7 +142,8 @@ def _forward_without_memory(module, hidden_states, position_embeddings, attentio
     call = generic.current_call(module, kw)
     shape = (*hidden_states.shape[:2], -1, module.head_dim)
     q, k, v = (p(hidden_states).view(shape) for p in (module.q_proj, module.k_proj, module.v_proj))
-    arguments = attention._layer_arguments(module, call, _NO_CORRECTIONS, position_embeddings, hidden_states.shape[0])
+    family, B = module.delta_mem.family, hidden_states.shape[0]
+    arguments = attention._layer_arguments(module, family, call, _NO_CORRECTIONS, position_embeddings, B)
     cache = given_cache(kw)
     layer = memory_layer(cache, module.layer_idx)
     keys, values, filled, _, refill = attention._append(layer, cache, module.layer_idx, k, v, call)

@@ -18,6 +18,12 @@ try:
 except ImportError:
     signature = None
 
+# Those who may observe a call, by one name each: every call asks for them.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_level = torch._C._functorch.maybe_current_level
+_is_profiled = torch.autograd._profiler_enabled
+
 _MOST_PLANS = 8192  # lengths differ from step to step where caches grow; then older plans are forgotten
 
 
@@ -31,7 +37,7 @@ _plans: dict[tuple, Plan] = {}
 
 def find(function: str, tensors: tuple, options: tuple) -> tuple[tuple | None, Plan | None]:
     """The call's key (None: it has no signature) and its plan (None: not seen before)."""
-    if signature is None or torch.compiler.is_compiling():
+    if signature is None or _is_compiling():
         return None, None
     metadata = signature(tensors)
     if metadata is None:
@@ -53,12 +59,6 @@ def kernels(direct: bool, backend: str) -> dict[str, Callable]:
     The dispatcher takes about 0.2 µs an argument. A call that has a signature (``direct``), so is one on plain tensors,
     and that no compiler, dispatch mode, functorch level or profiler observes gets the same result without it.
     """
-    if (
-        not direct
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch.autograd._profiler_enabled()
-    ):
+    if not direct or _is_compiling() or _dispatch_modes() or _functorch_level() is not None or _is_profiled():
         return ops.OVERLOADS[backend]
     return ops.LAUNCHERS[backend]

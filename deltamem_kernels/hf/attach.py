@@ -18,10 +18,11 @@ from deltamem_kernels.hf.state import Call, DeltaMemState, Padding, check_state,
 class Attachment:
     """What ``attach`` did to a model, held as ``model._delta_mem``."""
 
-    def __init__(self, config: DeltaMemConfig, decoder: nn.Module, attentions: dict[str, nn.Module]):
+    def __init__(self, config: DeltaMemConfig, decoder: nn.Module, attentions: dict[str, nn.Module], memories):
         self.config = config
         self.decoder = decoder
         self.attentions = attentions  # name -> module, in the order of their states
+        self.memories: list[LayerMemory] = memories
         self.handles = []
         self.thawed: list[str] = []  # parameters of the backbone that required grad
         self.parameters = list(inspect.signature(decoder.forward).parameters)
@@ -29,10 +30,6 @@ class Attachment:
         # The running forward's call. Layers get it as a keyword argument, which gradient checkpointing keeps for them;
         # this is for decoders that hand none down.
         self.call = None
-
-    @property
-    def memories(self) -> list[LayerMemory]:
-        return [module.delta_mem for module in self.attentions.values()]
 
 
 def attachment(function: str, model: nn.Module) -> Attachment:
@@ -86,7 +83,7 @@ def attach_with(model, config, dtype, initialize: bool):
         _memory(module, name, index, config, dtype, initialize)
         for index, (name, module) in enumerate(attentions.items())
     ]
-    record = Attachment(config, decoder, attentions)
+    record = Attachment(config, decoder, attentions, built)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             record.thawed.append(name)
@@ -224,6 +221,9 @@ def _begin(record: Attachment, decoder, args, kwargs):
     segments = kwargs.pop("delta_segment_ids", None)
     padding = kwargs.pop("delta_padding", None)
     generic.check_kwargs(kwargs)
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        for memory in record.memories:
+            memory.repack_changed()
     inputs = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
     B, T = inputs.shape[:2]
     write = True if write is None else write

@@ -30,22 +30,30 @@ def forward(module, hidden_states, position_embeddings=None, attention_mask=None
         layer = memory_layer(cache, module.layer_idx)
         why = _why_not_in_place(layer, cache, call)
     if not torch.compiler.is_compiling():
-        memory.path = "fused" if why is None else f"generic: {why}"
+        path = "fused" if why is None else f"generic: {why}"
+        if path != memory.path:  # an attribute of a module takes its time to be set
+            memory.path = path
     if why is not None:
         kwargs |= {"position_embeddings": position_embeddings, "attention_mask": attention_mask}
         return generic.run(module, call, hidden_states, cache, (), kwargs)
     packed = memory.packed(hidden_states.dtype)
     shape = (*hidden_states.shape[:2], -1, module.head_dim)
     q, k, v = (p(hidden_states).view(shape) for p in (module.q_proj, module.k_proj, module.v_proj))
-    arguments = _layer_arguments(module, call, packed, position_embeddings, hidden_states.shape[0])
+    arguments = _layer_arguments(module, memory.family, call, packed, position_embeddings, hidden_states.shape[0])
     if cache is None:
         out, reads = _without_cache(memory, call, packed, hidden_states, q, k, v, arguments)
     else:
-        out, reads = _with_cache(module, call, packed, hidden_states, q, k, v, arguments, cache, layer)
-    y = module.o_proj(out.flatten(2))
-    if "o" in packed.deltas:
-        config = memory.config
-        y = delta_output(y, reads, packed.deltas["o"], rms_weight=packed.rms_weight, rms_eps=config.delta_o_rmsnorm_eps)
+        out, reads = _with_cache(module, memory, call, packed, hidden_states, q, k, v, arguments, cache, layer)
+    o_proj = module.o_proj
+    y = o_proj(out.flatten(2))
+    delta_o = packed.deltas.get("o")
+    if delta_o is not None:
+        # in place where nobody else holds y
+        alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or o_proj._forward_hooks)
+        y = delta_output(
+            y, reads, delta_o, rms_weight=packed.rms_weight, rms_eps=memory.config.delta_o_rmsnorm_eps,
+            out=y if alone else None,
+        )  # fmt: skip
     return y, None
 
 
@@ -72,9 +80,8 @@ def _why_not_in_place(layer, cache, call) -> str | None:
     return None
 
 
-def _layer_arguments(module, call, packed, position_embeddings, B) -> dict:
+def _layer_arguments(module, family, call, packed, position_embeddings, B) -> dict:
     """Arguments of the fused functions that do not depend on state or cache."""
-    family = module.delta_mem.family
     q_norm_weight, k_norm_weight, norm_eps = family.norms(module)
     window = family.sliding_window(module)
     cos = sin = None
@@ -113,9 +120,8 @@ def _without_cache(memory, call, packed, hidden, q, k, v, arguments):
     return result.out, result.reads
 
 
-def _with_cache(module, call, packed, hidden, q, k, v, arguments, cache, layer):
+def _with_cache(module, memory, call, packed, hidden, q, k, v, arguments, cache, layer):
     """-> attention's output, reads; cache and state advance in place."""
-    memory = module.delta_mem
     B, T = hidden.shape[:2]
     segments, token_mask = call.writes_segments, call.token_mask(hidden.device)
     projected = memory.project(packed, hidden, call.write)

@@ -1,7 +1,7 @@
 """The memory's parameters beside one attention layer, and the tensors that the kernels take from them."""
 
 import math
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import NamedTuple
 
 import torch
@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from deltamem_kernels.hf.config import DELTA_HEADS, DeltaMemConfig
 
 Tensor = torch.Tensor
-_version = attrgetter("_version")
+
+
+def _versions(memory) -> tuple | None:
+    """Version counters of its parameters; None: made under inference mode, they have none."""
+    try:
+        return (*map(attrgetter("_version"), memory._parameters.values()),)
+    except RuntimeError:
+        return None
 
 
 class Packed(NamedTuple):
@@ -22,6 +29,7 @@ class Packed(NamedTuple):
     lam_bias: Tensor | None
     deltas: dict[str, Tensor]  # "q", "k", "v", "o" -> [out_features, H R] with alpha / rank and scale in it
     rms_weight: Tensor | None  # [hidden]
+    scan: dict  # the options of delta_scan
 
 
 class Projected(NamedTuple):
@@ -62,7 +70,8 @@ class LayerMemory(nn.Module):
         for name, shape in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, **factory)))
             self.get_parameter(name).requires_grad_(self._trains(name))
-        self._packed_key, self._packed = None, None
+        self._sizes = H, R, R if config.rankwise_gates else 1
+        self.repack()
         self.path = "not run"  # how the last call went: "fused", or "generic" with its reason
 
     def _trains(self, name: str) -> bool:
@@ -112,27 +121,33 @@ class LayerMemory(nn.Module):
 
     def repack(self) -> None:
         """Forget packed weights; the next inference call packs again."""
-        self._packed_key, self._packed = None, None
+        self._packed, self._packed_of, self._packed_versions = None, (), ()
+
+    def repack_changed(self) -> None:
+        """``repack`` if a parameter is another object, or at another version, than when it was packed.
+
+        Called before a forward for all layers at once: one after the other it takes a fraction of what it takes between
+        layers, whose weights push parameters and code out of the caches.
+        """
+        if self._packed is not None:
+            versions, parameters = _versions(self), self._parameters.values()
+            if versions is None or versions != self._packed_versions or not all(map(is_, parameters, self._packed_of)):
+                self.repack()
 
     def packed(self, dtype: torch.dtype) -> Packed:
-        """The packed parameters for inputs of ``dtype``, with a graph under grad mode, else remembered.
-
-        The memory of them holds while no parameter changes: each one's identity and version counter are the key.
-        """
+        """The packed parameters for inputs of ``dtype``, with a graph under grad mode, else remembered."""
+        heads = self.config.delta_heads
         if torch.is_grad_enabled():
-            return self._pack(dtype, self.config.delta_heads)
+            return self._pack(dtype, heads)
+        known = self._packed
+        if known is not None and known.projection.dtype == dtype:
+            return known
         if torch.compiler.is_compiling():
-            known = self._packed
-            if known is not None and known.projection.dtype == dtype:
-                return known
-            return self._pack(dtype, self.config.delta_heads)
-        parameters = self._parameters.values()
-        key = None
-        if not self.beta_bias.is_inference():  # such parameters count no versions
-            key = (dtype, *map(id, parameters), *map(_version, parameters))
-        if key is None or key != self._packed_key:
-            heads = [x for x in self.config.delta_heads if self.get_parameter(f"delta_{x}_proj").any()]
-            self._packed_key, self._packed = key, self._pack(dtype, heads)
+            return self._pack(dtype, heads)
+        heads = [x for x in heads if self.get_parameter(f"delta_{x}_proj").any()]
+        self._packed = self._pack(dtype, heads)
+        # the parameters themselves: another one could come to stand where a forgotten one stood
+        self._packed_of, self._packed_versions = (*self._parameters.values(),), _versions(self)
         return self._packed
 
     def _pack(self, dtype, heads) -> Packed:
@@ -149,6 +164,11 @@ class LayerMemory(nn.Module):
             self.lambda_bias.float().view(H, -1) if has_lam else None,
             deltas,
             self.delta_o_rmsnorm_weight if config.delta_o_rmsnorm and "o" in deltas else None,
+            {
+                "update_rule": config.state_update_mode,
+                "use_qk_activation_in_kernel": config.normalize_qk,
+                "use_gate_in_kernel": True,
+            },
         )
 
     def _scale(self, head: str):
@@ -160,8 +180,8 @@ class LayerMemory(nn.Module):
 
     def project(self, packed: Packed, hidden: Tensor, write: bool) -> Projected:
         """One skinny projection of the layer's input ``[B, T, hidden]``; without writes, of its queries alone."""
-        H, R = self.config.num_state_heads, self.config.rank
-        HR, G = H * R, packed.beta_bias.shape[1]
+        H, R, G = self._sizes
+        HR = H * R
         B, T, _ = hidden.shape
         if not write:
             return Projected(F.linear(hidden, packed.projection[:HR]).view(B, T, H, R), None, None, None, None)
@@ -177,13 +197,15 @@ class LayerMemory(nn.Module):
         """Keyword arguments of ``delta_scan`` and of the fused functions."""
         write = projected.beta is not None
         return {
-            **projected._asdict(),
-            "update_rule": self.config.state_update_mode,
+            "mem_q": projected.mem_q,
+            "mem_k": projected.mem_k,
+            "mem_v": projected.mem_v,
+            "beta": projected.beta,
+            "lam": projected.lam,
             "write": write,
-            "use_qk_activation_in_kernel": self.config.normalize_qk,
-            "use_gate_in_kernel": True,
             "beta_bias": packed.beta_bias if write else None,
             "lam_bias": packed.lam_bias if write else None,
+            **packed.scan,
         }
 
     def mean_gate(self, packed: Packed, tokens: Projected, written: Tensor | None) -> Tensor:
