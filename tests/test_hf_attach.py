@@ -148,6 +148,33 @@ def test_packed_weights_follow_the_parameters():
 
 
 @torch.no_grad()
+def test_copies_pack_their_own():
+    model = attached()
+    memory = model.model.layers[1].self_attn.delta_mem
+    while memory.delta_q_proj._version < 3:
+        memory.delta_q_proj.mul_(1)
+    model(IDS)
+    twin = copy.deepcopy(model)
+    copied = twin.model.layers[1].self_attn.delta_mem.delta_q_proj
+    copied.mul_(2)
+    while copied._version < memory.delta_q_proj._version:
+        copied.mul_(1)
+    memory.delta_q_proj.mul_(2)
+    assert torch.equal(twin(IDS).logits, model(IDS).logits)
+
+
+@torch.no_grad()
+def test_hooks_on_o_proj_see_its_own_result():
+    model = attached()
+    want = model(IDS).logits
+    o_proj, seen = model.model.layers[0].self_attn.o_proj, []
+    o_proj.register_forward_hook(lambda module, args, out: seen.append((args[0].clone(), out)))
+    assert torch.equal(model(IDS).logits, want)
+    ((x, y),) = seen
+    assert torch.equal(y, nn.functional.linear(x, o_proj.weight))
+
+
+@torch.no_grad()
 def test_zero_heads_are_skipped_and_read_only_calls_project_queries_alone(monkeypatch):
     model = attached(rank=5, delta_heads=["q", "k", "v", "o"])
     widths = []

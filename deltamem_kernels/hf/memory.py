@@ -123,6 +123,10 @@ class LayerMemory(nn.Module):
         """Forget packed weights; the next inference call packs again."""
         self._packed, self._packed_of, self._packed_versions = None, (), ()
 
+    def __getstate__(self):
+        # A copy packs its own, whose versions count from another start.
+        return self.__dict__ | {"_packed": None, "_packed_of": (), "_packed_versions": ()}
+
     def repack_changed(self) -> None:
         """``repack`` if a parameter is another object, or at another version, than when it was packed.
 
