@@ -150,16 +150,16 @@ def test_packed_weights_follow_the_parameters():
 @torch.no_grad()
 def test_copies_pack_their_own():
     model = attached()
-    memory = model.model.layers[1].self_attn.delta_mem
-    while memory.delta_q_proj._version < 3:
-        memory.delta_q_proj.mul_(1)
+    for p in model.parameters():
+        p.mul_(1)
     model(IDS)
     twin = copy.deepcopy(model)
-    copied = twin.model.layers[1].self_attn.delta_mem.delta_q_proj
-    copied.mul_(2)
-    while copied._version < memory.delta_q_proj._version:
-        copied.mul_(1)
-    memory.delta_q_proj.mul_(2)
+    for mine, its in zip(model._delta_mem.memories, twin._delta_mem.memories, strict=True):
+        mine.delta_q_proj.mul_(2)
+        its.delta_q_proj.mul_(2)
+        for p, packed in zip(its.parameters(), mine._packed_versions, strict=True):
+            while p._version < packed:
+                p.mul_(1)
     assert torch.equal(twin(IDS).logits, model(IDS).logits)
 
 
