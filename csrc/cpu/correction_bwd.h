@@ -112,12 +112,16 @@ class TokenSums {
   }
   void clear(int64_t part) { std::memset(this->part(part), 0, floats_ * sizeof(float)); }
 
-  // target [n] = floats [first, first + n) summed over the parts.
+  // target [n] = floats [first, first + n) summed over the parts, rounded once.
   void total(int64_t first, int64_t n, float* target) const {
-    for (int64_t i = 0; i < n; ++i) target[i] = 0.0f;
-    for (int64_t part = 0; part < parts_; ++part) {
-      const float* source = sums_.data + part * floats_ + first;
-      for (int64_t i = 0; i < n; ++i) target[i] += source[i];
+    for (int64_t i = 0; i < n; i += kWidth) {
+      const int64_t count = min<int64_t>(n - i, kWidth);
+      double sum[kWidth] = {};
+      for (int64_t part = 0; part < parts_; ++part) {
+        const float* source = sums_.data + part * floats_ + first + i;
+        for (int64_t j = 0; j < count; ++j) sum[j] += source[j];
+      }
+      for (int64_t j = 0; j < count; ++j) target[i + j] = static_cast<float>(sum[j]);
     }
   }
 

@@ -29,7 +29,8 @@ def forward(module, hidden_states, position_embeddings=None, attention_mask=None
     if why is None and cache is not None:
         layer = memory_layer(cache, module.layer_idx)
         why = _why_not_in_place(layer, cache, call)
-    if not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
         path = "fused" if why is None else f"generic: {why}"
         if path != memory.path:  # an attribute of a module takes its time to be set
             memory.path = path
@@ -49,7 +50,7 @@ def forward(module, hidden_states, position_embeddings=None, attention_mask=None
     delta_o = packed.deltas.get("o")
     if delta_o is not None:
         # in place where nobody else holds y
-        alone = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or o_proj._forward_hooks)
+        alone = not (compiling or torch.is_grad_enabled() or o_proj._forward_hooks)
         y = delta_output(
             y, reads, delta_o, rms_weight=packed.rms_weight, rms_eps=memory.config.delta_o_rmsnorm_eps,
             out=y if alone else None,

@@ -210,7 +210,7 @@ def begin_state(layer, memory, batch_size: int, device: torch.device):
     Raises:
         ValueError: The cache holds tokens whose memory is unknown, or another batch.
     """
-    state = layer.delta_state
+    state, compiling = layer.delta_state, torch.compiler.is_compiling()
     if state is None:
         filled = layer.get_seq_length()
         if int(filled) > 0:
@@ -219,9 +219,9 @@ def begin_state(layer, memory, batch_size: int, device: torch.device):
                 f"{int(filled)} tokens without one (pass delta_state=)"
             )
         state = layer.delta_state = memory.zero_state(batch_size, device)
-        if layer.is_compileable and not torch.compiler.is_compiling():
+        if layer.is_compileable and not compiling:
             torch._dynamo.mark_static_address(state)
-    if not torch.compiler.is_compiling():
+    if not compiling:
         if not layer.record_past:
             layer.delta_recorded = None
         if state.is_inference() and not torch.is_inference_mode_enabled():
