@@ -134,7 +134,7 @@ def without_memory(model):
     return model
 
 
-_NO_CORRECTIONS = Packed(None, None, None, {}, None, {})
+_NO_CORRECTIONS = Packed(None, None, None, None, {}, None, {})
 
 
 def _forward_without_memory(module, hidden_states, position_embeddings, attention_mask=None, **kw):

@@ -24,7 +24,8 @@ def _versions(memory) -> tuple | None:
 class Packed(NamedTuple):
     """A layer's parameters as the kernels take them."""
 
-    projection: Tensor  # [3 H R + gates, hidden]: rows of mem_q, mem_k, mem_v, beta, and lam unless coupled
+    dtype: torch.dtype  # of the inputs
+    projection: Tensor  # [hidden, 3 H R + gates]: columns of mem_q, mem_k, mem_v, beta, and lam unless coupled
     beta_bias: Tensor  # [H, R or 1] fp32
     lam_bias: Tensor | None
     deltas: dict[str, Tensor]  # "q", "k", "v", "o" -> [out_features, H R] with alpha / rank and scale in it
@@ -144,7 +145,7 @@ class LayerMemory(nn.Module):
         if torch.is_grad_enabled():
             return self._pack(dtype, heads)
         known = self._packed
-        if known is not None and known.projection.dtype == dtype:
+        if known is not None and known.dtype == dtype:
             return known
         if torch.compiler.is_compiling():
             return self._pack(dtype, heads)
@@ -162,8 +163,11 @@ class LayerMemory(nn.Module):
             rows.append(self.lambda_proj)
         deltas = {x: self.get_parameter(f"delta_{x}_proj") * self._scale(x) for x in heads}
         H = config.num_state_heads
+        # On a CPU the call of a half-precision product costs more than so small a product in fp32.
+        halved = dtype.itemsize == 2 and self.beta_bias.device.type == "cpu"
         return Packed(
-            torch.cat(rows).to(dtype),
+            dtype,
+            torch.cat(rows).to(torch.float32 if halved else dtype).t(),
             self.beta_bias.float().view(H, -1),
             self.lambda_bias.float().view(H, -1) if has_lam else None,
             deltas,
@@ -187,14 +191,16 @@ class LayerMemory(nn.Module):
         H, R, G = self._sizes
         HR = H * R
         B, T, _ = hidden.shape
+        projection = packed.projection
+        hidden = hidden.flatten(0, 1).to(projection.dtype)
         if not write:
-            return Projected(F.linear(hidden, packed.projection[:HR]).view(B, T, H, R), None, None, None, None)
-        x = F.linear(hidden, packed.projection)
+            return Projected(torch.mm(hidden, projection[:, :HR]).view(B, T, H, R), None, None, None, None)
+        x = torch.mm(hidden, projection)
         if G == R:
             parts = x.view(B, T, -1, H, R).unbind(2)
             return Projected(*parts) if len(parts) == 5 else Projected(*parts, None)
-        mem_q, mem_k, mem_v = x[..., : 3 * HR].view(B, T, 3, H, R).unbind(2)
-        gates = x[..., 3 * HR :].view(B, T, -1, H, G).unbind(2)
+        mem_q, mem_k, mem_v = x[:, : 3 * HR].view(B, T, 3, H, R).unbind(2)
+        gates = x[:, 3 * HR :].view(B, T, -1, H, G).unbind(2)
         return Projected(mem_q, mem_k, mem_v, gates[0], gates[1] if len(gates) == 2 else None)
 
     def scan_arguments(self, packed: Packed, projected: Projected) -> dict:
