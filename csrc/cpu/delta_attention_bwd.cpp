@@ -160,14 +160,15 @@ class Backward {
     }
   }
 
-  // A block's rows as row panels, and column panels if wanted.
+  // A block's rows as row panels, and column panels if wanted; zeros to the last vector's end.
   template <class RowAt>
   void load_block(int64_t rows, Scratch<Word>& s, Word* row_panels, Word* column_panels,
                   RowAt&& row_at) const {
-    rows = round_up(rows, kWidth);
-    stage_rows<T>(rows, dims_, s.staged.data, row_at);
-    pack_row_panels(s.staged.data, dims_, rows, row_panels);
-    if (column_panels != nullptr) pack_column_panels(s.staged.data, dims_, rows, kBlock, column_panels);
+    const int64_t staged = round_up(rows, kWidth);
+    stage_rows<T>(staged, dims_, s.staged.data,
+                  [&](int64_t i) -> const T* { return i < rows ? row_at(i) : nullptr; });
+    pack_row_panels(s.staged.data, dims_, staged, row_panels);
+    if (column_panels != nullptr) pack_column_panels(s.staged.data, dims_, staged, kBlock, column_panels);
   }
 
   // Scores and dP of rows [first, first + rows) of a block against tile t.
@@ -215,9 +216,7 @@ class Backward {
         s.hidden[j] = j < rows && is_masked(p_.rows, span.batch, span.start + start + j);
         any_hidden |= s.hidden[j];
       }
-      const auto row = [&](const Tensor& x, int64_t j) {
-        return j < rows ? key_row(x, span, kv_head, start + j) : nullptr;
-      };
+      const auto row = [&](const Tensor& x, int64_t j) { return key_row(x, span, kv_head, start + j); };
       load_block(rows, s, s.rows_a, s.columns_a, [&](int64_t j) { return row(p_.k, j); });
       load_block(rows, s, s.rows_b, nullptr, [&](int64_t j) { return row(p_.v, j); });
       for (int64_t t = 0; t < tiles; ++t) {
