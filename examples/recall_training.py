@@ -24,8 +24,8 @@ BACKBONE = {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
     "head_dim": 32,
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
@@ -36,7 +36,7 @@ BACKBONE = {
 @dataclass(frozen=True)
 class Effort:
     backbone_steps: int = 500  # at most
-    adapter_steps: int = 1600  # four heads take five eighths of them
+    adapter_steps: int = 2000  # states larger than R = 8 take five eighths of them
     episodes: int = 256  # of each figure
 
 
@@ -50,8 +50,8 @@ TRAINING = {
     "pairs": 8,
     "all_pairs_from": 0.3,  # of the steps
     "pairs_until": 0.3,  # so long nothing else
-    "rewrites": 0.7,  # of the steps from then on
-    "fillers": 0.25,
+    "rewrites": 0.6,  # of the steps from then on
+    "fillers": 0.2,
     "filler_batch": 16,  # such episodes are long
 }
 

@@ -99,7 +99,7 @@ def test_report(tmp_path):
 def test_plan():
     runs = recall.plan(training.Effort(adapter_steps=16), ["standard", "no_lambda"])
     found = [(run.seed, run.rule, run.rank, run.heads, run.steps) for run in runs if run.rule]
-    states = [(8, 1, 16), (16, 1, 16), (8, 4, 10)]
+    states = [(8, 1, 16), (16, 1, 10), (8, 4, 10)]
     assert found == [
         *((seed, "standard", *state) for seed in (0, 1, 2) for state in states),
         *((0, "no_lambda", *state) for state in states),

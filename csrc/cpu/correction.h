@@ -324,6 +324,8 @@ inline void prepare_vectors(const T* x, const HeadCorrection& head, const TokenI
 template <class T>
 inline void prepare_row(const T* x, const HeadCorrection& head, const TokenInputs& token, float* out) {
   switch (head.D) {
+    case 2 * kWidth:
+      return prepare_vectors<2>(x, head, token, out);
     case 4 * kWidth:
       return prepare_vectors<4>(x, head, token, out);
     case 8 * kWidth:

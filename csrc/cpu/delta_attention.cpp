@@ -123,7 +123,10 @@ class Forward {
     for (int64_t start = keys.begin / kBlock * kBlock; start < keys.end; start += kBlock) {
       const KeyRange block = {max(start, keys.begin), min(start + kBlock, keys.end)};
       const bool any_hidden = pack_keys(sequence, task.row, kv_head, start, block, s);
-      for (int64_t t = 0; t < tiles; ++t) attend_block(start, any_hidden, t, s);
+      for (int64_t t = 0; t < tiles; ++t) {
+        dispatch_vectors(end - first - t * kLanes,
+                         [&](auto vectors) { attend_block<vectors.value>(start, any_hidden, t, s); });
+      }
     }
     store_results(sequence, kv_head, first, end, s);
   }
@@ -193,22 +196,23 @@ class Forward {
     return any_hidden;
   }
 
-  // Tile t meets the block of keys from `start` on.
+  // The first V vectors of tile t meet the block of keys from `start` on.
+  template <int V>
   void attend_block(int64_t start, bool any_hidden, int64_t t, Scratch<Word>& s) const {
     const LaneMask& mask = s.masks[t];
     const KeyRange rows = mask.rows_of_block(start, kBlock);
     if (rows.empty()) return;
     const int64_t first = rows.begin, keys = rows.end - rows.begin;
-    multiply(s.k + first * dims_.steps, s.q + t * dims_.steps * kLanes, keys / kPanel, dims_.steps, scale_,
-             s.scores.data);
-    if (p_.softmax.softcap > 0) cap(s.scores, keys, p_.softmax.softcap);
+    multiply<V>(s.k + first * dims_.steps, s.q + t * dims_.steps * kLanes, keys / kPanel, dims_.steps, scale_,
+                s.scores.data);
+    if (p_.softmax.softcap > 0) cap<V>(s.scores, keys, p_.softmax.softcap);
     if (any_hidden || !mask.all.covers({start + first, start + rows.end})) {
-      hide(s.scores, start + first, keys, mask, s.hidden + first);
+      hide<V>(s.scores, start + first, keys, mask, s.hidden + first);
     }
-    online_softmax<Word>(s.scores, keys, stats(s, t), s.lane_scale);
-    multiply_into(s.v + first / kTerms<Word> * kPanel, kBlock / kTerms<Word> * kPanel,
-                  reinterpret_cast<const Word*>(s.scores.data), dims_.panels, keys / kTerms<Word>,
-                  s.lane_scale.data, s.out + t * dims_.rows * kLanes);
+    online_softmax<V, Word>(s.scores, keys, stats(s, t), s.lane_scale);
+    multiply_into<V>(s.v + first / kTerms<Word> * kPanel, kBlock / kTerms<Word> * kPanel,
+                     reinterpret_cast<const Word*>(s.scores.data), dims_.panels, keys / kTerms<Word>,
+                     s.lane_scale.data, s.out + t * dims_.rows * kLanes);
   }
 
   // out / sum and the log of the sum, rows of zeros and -inf for queries that saw nothing.

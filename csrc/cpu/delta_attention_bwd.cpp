@@ -150,40 +150,43 @@ class Backward {
   // ---- operands
   // ------------------------------------------------------------------------------------------------
 
-  // count rows as lanes of consecutive tiles, zeros to the last tile's end.
+  // count rows as lanes of consecutive tiles, zeros to the last vector's end.
   template <class RowAt>
   void load_lanes(int64_t count, Scratch<Word>& s, Word* lanes, RowAt&& row_at) const {
-    for (int64_t base = 0; base < round_up(count, kLanes); base += kWidth) {
+    for (int64_t base = 0; base < count; base += kWidth) {
       stage_rows<T>(kWidth, dims_, s.staged.data,
                     [&](int64_t i) -> const T* { return base + i < count ? row_at(base + i) : nullptr; });
       pack_lanes(s.staged.data, dims_, base % kLanes, lanes + base / kLanes * dims_.steps * kLanes);
     }
   }
 
-  // A block's rows as row panels, and column panels if wanted.
+  // A block's rows as row panels, and column panels if wanted; zeros to the last vector's end.
   template <class RowAt>
   void load_block(int64_t rows, Scratch<Word>& s, Word* row_panels, Word* column_panels,
                   RowAt&& row_at) const {
-    rows = round_up(rows, kWidth);
-    stage_rows<T>(rows, dims_, s.staged.data, row_at);
-    pack_row_panels(s.staged.data, dims_, rows, row_panels);
-    if (column_panels != nullptr) pack_column_panels(s.staged.data, dims_, rows, kBlock, column_panels);
+    const int64_t staged = round_up(rows, kWidth);
+    stage_rows<T>(staged, dims_, s.staged.data,
+                  [&](int64_t i) -> const T* { return i < rows ? row_at(i) : nullptr; });
+    pack_row_panels(s.staged.data, dims_, staged, row_panels);
+    if (column_panels != nullptr) pack_column_panels(s.staged.data, dims_, staged, kBlock, column_panels);
   }
 
   // Scores and dP of rows [first, first + rows) of a block against tile t.
+  template <int V>
   void products(int64_t first, int64_t rows, int64_t t, Scratch<Word>& s) const {
     const int64_t tile = t * dims_.steps * kLanes, panel = first * dims_.steps;
-    multiply(s.rows_a + panel, s.lanes_a + tile, rows / kPanel, dims_.steps, scale_, s.scores.data);
-    multiply(s.rows_b + panel, s.lanes_b + tile, rows / kPanel, dims_.steps, 1.0f, s.dp.data);
-    if (capped_) cap(s.scores, rows, p_.softmax.softcap);
+    multiply<V>(s.rows_a + panel, s.lanes_a + tile, rows / kPanel, dims_.steps, scale_, s.scores.data);
+    multiply<V>(s.rows_b + panel, s.lanes_b + tile, rows / kPanel, dims_.steps, 1.0f, s.dp.data);
+    if (capped_) cap<V>(s.scores, rows, p_.softmax.softcap);
   }
 
   // out += columns words, over rows [first, first + rows) of a block.
+  template <int V>
   void add_product(const Word* columns, int64_t first, int64_t rows, const float* words, int64_t t,
                    float* out, Scratch<Word>& s) const {
-    multiply_into(columns + first / kTerms<Word> * kPanel, kBlock / kTerms<Word> * kPanel,
-                  reinterpret_cast<const Word*>(words), dims_.panels, rows / kTerms<Word>, s.ones.data,
-                  out + t * dims_.rows * kLanes);
+    multiply_into<V>(columns + first / kTerms<Word> * kPanel, kBlock / kTerms<Word> * kPanel,
+                     reinterpret_cast<const Word*>(words), dims_.panels, rows / kTerms<Word>, s.ones.data,
+                     out + t * dims_.rows * kLanes);
   }
 
   // ---- dq: lanes are columns, blocks are keys
@@ -198,7 +201,7 @@ class Backward {
     load_lanes(count, s, s.lanes_b, [&](int64_t i) { return column_row(p_.dout, span, kv_head, first + i); });
     std::memset(s.out_a, 0, sizeof(float) * tiles * dims_.rows * kLanes);
     for (int64_t t = 0; t < tiles; ++t) s.masks[t].clear();
-    for (int64_t i = 0; i < tiles * kLanes; ++i) {
+    for (int64_t i = 0; i < round_up(count, kWidth); ++i) {
       const Column c = column(span, kv_head, first + i);
       s.lse[i] = i < count ? lse_.data[statistic(span.batch, c)] : __builtin_inff();
       s.delta[i] = i < count ? delta_.data[statistic(span.batch, c)] : 0.0f;
@@ -209,16 +212,17 @@ class Backward {
     for (int64_t start = keys.begin / kBlock * kBlock; start < keys.end; start += kBlock) {
       const int64_t rows = min(kBlock, keys.end - start);
       bool any_hidden = false;
-      for (int64_t j = 0; j < kBlock; ++j) {
+      for (int64_t j = 0; j < round_up(rows, kPanel); ++j) {
         s.hidden[j] = j < rows && is_masked(p_.rows, span.batch, span.start + start + j);
         any_hidden |= s.hidden[j];
       }
-      const auto row = [&](const Tensor& x, int64_t j) {
-        return j < rows ? key_row(x, span, kv_head, start + j) : nullptr;
-      };
+      const auto row = [&](const Tensor& x, int64_t j) { return key_row(x, span, kv_head, start + j); };
       load_block(rows, s, s.rows_a, s.columns_a, [&](int64_t j) { return row(p_.k, j); });
       load_block(rows, s, s.rows_b, nullptr, [&](int64_t j) { return row(p_.v, j); });
-      for (int64_t t = 0; t < tiles; ++t) query_tile(start, any_hidden, t, s);
+      for (int64_t t = 0; t < tiles; ++t) {
+        dispatch_vectors(count - t * kLanes,
+                         [&](auto vectors) { query_tile<vectors.value>(start, any_hidden, t, s); });
+      }
     }
     for (int64_t base = 0; base < count; base += kWidth) {
       T* targets[kWidth] = {};
@@ -231,18 +235,19 @@ class Backward {
     }
   }
 
+  template <int V>
   void query_tile(int64_t start, bool any_hidden, int64_t t, Scratch<Word>& s) const {
     const LaneMask& mask = s.masks[t];
     const KeyRange rows = mask.rows_of_block(start, kBlock);
     if (rows.empty()) return;
     const int64_t first = rows.begin, count = rows.end - rows.begin;
-    products(first, count, t, s);
+    products<V>(first, count, t, s);
     if (any_hidden || !mask.all.covers({start + first, start + rows.end})) {
-      hide(s.scores, start + first, count, mask, s.hidden + first);
+      hide<V>(s.scores, start + first, count, mask, s.hidden + first);
     }
-    softmax_bwd<Word>(s.scores, s.dp, count, PerLane{s.lse + t * kLanes}, PerLane{s.delta + t * kLanes},
-                      inverse_cap_);
-    add_product(s.columns_a, first, count, s.dp, t, s.out_a, s);
+    softmax_bwd<V, Word>(s.scores, s.dp, count, PerLane{s.lse + t * kLanes}, PerLane{s.delta + t * kLanes},
+                         inverse_cap_);
+    add_product<V>(s.columns_a, first, count, s.dp, t, s.out_a, s);
   }
 
   // ---- dk, dv: lanes are keys, blocks are columns
@@ -261,7 +266,7 @@ class Backward {
     for (int64_t start = 0; start < columns; start += kBlock) {
       const int64_t rows = min(kBlock, columns - start);
       KeyRange any = {INT32_MAX, 0};
-      for (int64_t j = 0; j < kBlock; ++j) {
+      for (int64_t j = 0; j < round_up(rows, kPanel); ++j) {
         const Column c = column(span, kv_head, start + j);
         s.seen[j] = seen_by(sequence, c.query);
         if (!s.seen[j].empty()) any = any.joined(s.seen[j]);
@@ -272,7 +277,10 @@ class Backward {
       const auto row = [&](const Tensor& x, int64_t j) { return column_row(x, span, kv_head, start + j); };
       load_block(rows, s, s.rows_a, s.columns_a, [&](int64_t j) { return row(p_.q, j); });
       load_block(rows, s, s.rows_b, s.columns_b, [&](int64_t j) { return row(p_.dout, j); });
-      for (int64_t t = 0; t < tiles; ++t) key_tile(first + t * kLanes, t, s);
+      for (int64_t t = 0; t < tiles; ++t) {
+        dispatch_vectors(count - t * kLanes,
+                         [&](auto vectors) { key_tile<vectors.value>(first + t * kLanes, rows, t, s); });
+      }
     }
     for (int64_t base = 0; base < count; base += kWidth) {
       T *dk[kWidth] = {}, *dv[kWidth] = {};
@@ -291,10 +299,11 @@ class Backward {
     }
   }
 
-  void key_tile(int64_t first_slot, int64_t t, Scratch<Word>& s) const {
+  template <int V>
+  void key_tile(int64_t first_slot, int64_t rows, int64_t t, Scratch<Word>& s) const {
     const KeyRange lanes = {first_slot, first_slot + kLanes};
-    int64_t first = kBlock, end = 0;
-    for (int64_t j = 0; j < kBlock; ++j) {
+    int64_t first = rows, end = 0;
+    for (int64_t j = 0; j < rows; ++j) {
       const KeyRange seen = s.seen[j];
       if (seen.empty() || seen.end <= lanes.begin || seen.begin >= lanes.end) continue;
       first = min(first, j);
@@ -303,11 +312,11 @@ class Backward {
     if (end == 0) return;
     first = first / kPanel * kPanel;
     const int64_t count = round_up(end, kPanel) - first;
-    products(first, count, t, s);
-    hide_rows(s.scores, first_slot, count, s.seen + first);
-    softmax_bwd<Word>(s.scores, s.dp, count, PerRow{s.lse + first}, PerRow{s.delta + first}, inverse_cap_);
-    add_product(s.columns_a, first, count, s.dp, t, s.out_a, s);
-    add_product(s.columns_b, first, count, s.scores, t, s.out_b, s);
+    products<V>(first, count, t, s);
+    hide_rows<V>(s.scores, first_slot, count, s.seen + first);
+    softmax_bwd<V, Word>(s.scores, s.dp, count, PerRow{s.lse + first}, PerRow{s.delta + first}, inverse_cap_);
+    add_product<V>(s.columns_a, first, count, s.dp, t, s.out_a, s);
+    add_product<V>(s.columns_b, first, count, s.scores, t, s.out_b, s);
   }
 
   const DeltaAttentionBwdParams& p_;

@@ -192,20 +192,23 @@ void delta_scan_fwd(const DeltaScanParams& p, int num_threads) {
   const int64_t tokens = q.size[1], heads = q.size[2], rank = q.size[3];
   const int64_t items = num_rows(p.rows, q.size[0]) * heads;
   const int64_t L = p.segment_len;
-#pragma omp parallel for num_threads(team(num_threads, items)) schedule(dynamic) if (items > 1)
-  for (int64_t item = 0; item < items; ++item) {
-    const int64_t row = item / heads, head = item % heads;
-    const Span span = row_span(p.rows, row, tokens);
-    const int64_t step = p.tape ? L : span.length;
-    int64_t segment = p.rows.cu_seqlens ? span.start / L + row : row * ceil_div(tokens, L);
-    ScanScratch scratch(p.memory, span.length);
-    load_state(p.initial_state, row, head, rank, scratch.state);
-    for (int64_t t = 0; t < span.length; t += step, ++segment) {
-      if (p.tape) store_state(p.tape, segment, head, scratch.state);
-      scan_tokens(p.memory, p.rows, span.batch, span.start + t, min(step, span.length - t), head, p.reads,
-                  scratch);
+#pragma omp parallel num_threads(team(num_threads, items)) if (items > 1)
+  {
+    ScanScratch scratch(p.memory, tokens);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t item = 0; item < items; ++item) {
+      const int64_t row = item / heads, head = item % heads;
+      const Span span = row_span(p.rows, row, tokens);
+      const int64_t step = p.tape ? L : span.length;
+      int64_t segment = p.rows.cu_seqlens ? span.start / L + row : row * ceil_div(tokens, L);
+      load_state(p.initial_state, row, head, rank, scratch.state);
+      for (int64_t t = 0; t < span.length; t += step, ++segment) {
+        if (p.tape) store_state(p.tape, segment, head, scratch.state);
+        scan_tokens(p.memory, p.rows, span.batch, span.start + t, min(step, span.length - t), head, p.reads,
+                    scratch);
+      }
+      store_state(p.final_state, row, head, scratch.state);
     }
-    store_state(p.final_state, row, head, scratch.state);
   }
   zero_reads_past_end(p.rows, p.reads);
 }

@@ -6,7 +6,7 @@
 // softmax statistics are vectors too and need no reduction across lanes.
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/row_vectors.h"
 
 namespace deltamem::DELTAMEM_ISA {
 
@@ -57,22 +57,32 @@ inline F32 multiply_add(Pair, F32 a, F32 b, F32 sum) {
 }
 #endif
 
-using Sums = F32[kPanel][kLaneVectors];
+// Calls f with the number of vectors, as Int, that hold a tile's first `lanes` lanes: short rows fill few.
+template <class F>
+inline void dispatch_vectors(int64_t lanes, F&& f) {
+  static_assert(kLaneVectors == 3);
+  if (lanes <= kWidth) return f(Int<1>{});
+  if (lanes <= 2 * kWidth) return f(Int<2>{});
+  f(Int<3>{});
+}
+
+template <int V>
+using Sums = F32[kPanel][V];
 
 // sum[r] += sum_k a[k, r] b[k]                                              a [steps, kPanel], b [steps,
 // kLanes]
-template <class Word>
+template <int V, class Word>
 inline __attribute__((always_inline)) void multiply_panel(const Word* a, const Word* b, int64_t steps,
-                                                          Sums& sum) {
+                                                          Sums<V>& sum) {
   for (int64_t k = 0; k < steps; ++k, a += kPanel, b += kLanes) {
-    F32 lanes[kLaneVectors];
+    F32 lanes[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < kLaneVectors; ++v) lanes[v] = load_words(b + v * kWidth);
+    for (int v = 0; v < V; ++v) lanes[v] = load_words(b + v * kWidth);
 #pragma GCC unroll 8
     for (int r = 0; r < kPanel; ++r) {
       F32 word = broadcast_word(a + r);
 #pragma GCC unroll 4
-      for (int v = 0; v < kLaneVectors; ++v) sum[r][v] = multiply_add(Word{}, word, lanes[v], sum[r][v]);
+      for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(Word{}, word, lanes[v], sum[r][v]);
     }
   }
 }
@@ -81,40 +91,41 @@ inline __attribute__((always_inline)) void multiply_panel(const Word* a, const W
 inline constexpr int64_t kDotWords = 128;
 
 // c = scale a b                                       a [panels, steps, kPanel], c [panels * kPanel, kLanes]
-template <class Word>
+// The first V vectors of the lanes, as everywhere below.
+template <int V, class Word>
 inline void multiply(const Word* a, const Word* b, int64_t panels, int64_t steps, float scale, float* c) {
   for (int64_t p = 0; p < panels; ++p, a += steps * kPanel) {
-    Sums sum = {};
-    multiply_panel(a, b, min(steps, kDotWords), sum);
+    Sums<V> sum = {};
+    multiply_panel<V>(a, b, min(steps, kDotWords), sum);
     for (int64_t k = kDotWords; k < steps; k += kDotWords) {
-      Sums more = {};
-      multiply_panel(a + k * kPanel, b + k * kLanes, min(steps - k, kDotWords), more);
+      Sums<V> more = {};
+      multiply_panel<V>(a + k * kPanel, b + k * kLanes, min(steps - k, kDotWords), more);
       for (int r = 0; r < kPanel; ++r) {
-        for (int v = 0; v < kLaneVectors; ++v) sum[r][v] = sum[r][v] + more[r][v];
+        for (int v = 0; v < V; ++v) sum[r][v] = sum[r][v] + more[r][v];
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < kPanel; ++r) {
+    for (int r = 0; r < kPanel; ++r, c += kLanes) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kLaneVectors; ++v, c += kWidth) store(c, sum[r][v] * scale);
+      for (int v = 0; v < V; ++v) store(c + v * kWidth, sum[r][v] * scale);
     }
   }
 }
 
 // c = c * lane_scale + a b                        panels of a are a_stride words apart; c [panels * kPanel,
 // kLanes] The block's product is summed apart: one running fp32 sum over thousands of rows would lose digits.
-template <class Word>
+template <int V, class Word>
 inline void multiply_into(const Word* a, int64_t a_stride, const Word* b, int64_t panels, int64_t steps,
                           const float* lane_scale, float* c) {
-  F32 scale[kLaneVectors];
-  for (int v = 0; v < kLaneVectors; ++v) scale[v] = load(lane_scale + v * kWidth);
+  F32 scale[V];
+  for (int v = 0; v < V; ++v) scale[v] = load(lane_scale + v * kWidth);
   for (int64_t p = 0; p < panels; ++p, a += a_stride) {
-    Sums sum = {};
-    multiply_panel(a, b, steps, sum);
+    Sums<V> sum = {};
+    multiply_panel<V>(a, b, steps, sum);
 #pragma GCC unroll 8
-    for (int r = 0; r < kPanel; ++r) {
+    for (int r = 0; r < kPanel; ++r, c += kLanes) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kLaneVectors; ++v, c += kWidth) store(c, load(c) * scale[v] + sum[r][v]);
+      for (int v = 0; v < V; ++v) store(c + v * kWidth, load(c + v * kWidth) * scale[v] + sum[r][v]);
     }
   }
 }

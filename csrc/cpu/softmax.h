@@ -1,4 +1,5 @@
 // Softmax over scores held [keys, kLanes]: every lane is a query, so maxima and sums run down the rows.
+// V: vectors of the lanes that are in use.
 #pragma once
 
 #include "cpu/matmul.h"
@@ -70,11 +71,12 @@ inline I32 lane_numbers() {
 }
 
 // Scores of slots that a lane does not see become -inf. hidden [keys]: nobody sees the key; optional.
+template <int V>
 inline void hide(float* scores, int64_t first_slot, int64_t keys, const LaneMask& mask, const bool* hidden) {
   const F32 minus_inf = broadcast(-__builtin_inff());
   for (int64_t j = 0; j < keys; ++j) {
     int32_t slot = static_cast<int32_t>(hidden != nullptr && hidden[j] ? -1 : first_slot + j);
-    for (int v = 0; v < kLaneVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       const I32 begin = *reinterpret_cast<const I32*>(mask.begin + v * kWidth);
       const I32 end = *reinterpret_cast<const I32*>(mask.end + v * kWidth);
       float* at = scores + j * kLanes + v * kWidth;
@@ -85,6 +87,7 @@ inline void hide(float* scores, int64_t first_slot, int64_t keys, const LaneMask
 
 // The same where a row of scores is a query, which sees the slots seen[j], and lanes are keys from first_slot
 // on.
+template <int V>
 inline void hide_rows(float* scores, int64_t first_slot, int64_t rows, const KeyRange* seen) {
   const F32 minus_inf = broadcast(-__builtin_inff());
   const KeyRange lanes = {first_slot, first_slot + kLanes};
@@ -92,7 +95,7 @@ inline void hide_rows(float* scores, int64_t first_slot, int64_t rows, const Key
     if (seen[j].covers(lanes)) continue;
     const I32 begin = I32{} + static_cast<int32_t>(seen[j].begin),
               end = I32{} + static_cast<int32_t>(seen[j].end);
-    for (int v = 0; v < kLaneVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       const I32 slot = lane_numbers() + static_cast<int32_t>(first_slot + v * kWidth);
       float* at = scores + j * kLanes + v * kWidth;
       store(at, select((begin <= slot) & (end > slot), load(at), minus_inf));
@@ -101,9 +104,10 @@ inline void hide_rows(float* scores, int64_t first_slot, int64_t rows, const Key
 }
 
 // softcap tanh(x) of scores already divided by softcap.
+template <int V>
 inline void cap(float* scores, int64_t keys, float softcap) {
-  for (int64_t i = 0; i < keys * kLanes; i += kWidth) {
-    store(scores + i, tanh(load(scores + i)) * softcap);
+  for (int64_t j = 0; j < keys; ++j, scores += kLanes) {
+    for (int v = 0; v < V; ++v) store(scores + v * kWidth, tanh(load(scores + v * kWidth)) * softcap);
   }
 }
 
@@ -130,16 +134,16 @@ struct LaneStats {
 
 // Scores [keys, kLanes] to weights in the same place, words along the keys; advances the statistics.
 // lane_scale: what products summed so far are to be multiplied with.
-template <class Word>
+template <int V, class Word>
 inline void online_softmax(float* scores, int64_t keys, const LaneStats& stats, float* lane_scale) {
   constexpr int terms = kTerms<Word>;
-  F32 top[kLaneVectors], sum[kLaneVectors] = {};
-  for (int v = 0; v < kLaneVectors; ++v) top[v] = load(stats.maximum + v * kWidth);
+  F32 top[V], sum[V] = {};
+  for (int v = 0; v < V; ++v) top[v] = load(stats.maximum + v * kWidth);
   for (int64_t j = 0; j < keys; ++j) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kLaneVectors; ++v) top[v] = vmax(top[v], load(scores + j * kLanes + v * kWidth));
+    for (int v = 0; v < V; ++v) top[v] = vmax(top[v], load(scores + j * kLanes + v * kWidth));
   }
-  for (int v = 0; v < kLaneVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
     F32 before = load(stats.maximum + v * kWidth);
     store(stats.maximum + v * kWidth, top[v]);
     top[v] =
@@ -149,7 +153,7 @@ inline void online_softmax(float* scores, int64_t keys, const LaneStats& stats, 
   Word* words = reinterpret_cast<Word*>(scores);  // word row j / terms lies at or before score row j
   for (int64_t j = 0; j < keys; j += terms) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kLaneVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       F32 p[terms];
 #pragma GCC unroll 2
       for (int t = 0; t < terms; ++t) {
@@ -159,7 +163,7 @@ inline void online_softmax(float* scores, int64_t keys, const LaneStats& stats, 
       store_weights(words + j / terms * kLanes + v * kWidth, p);
     }
   }
-  for (int v = 0; v < kLaneVectors; ++v) {
+  for (int v = 0; v < V; ++v) {
     float* total = stats.sum + v * kWidth;
     store(total, load(total) * load(lane_scale + v * kWidth) + sum[v]);
   }
@@ -180,13 +184,13 @@ struct PerRow {
 
 // P = exp(score - lse) and dS = P (dP - delta), times the softcap's derivative, in the places of scores and
 // dP, as words along the rows. inverse_cap: 1 / softcap, 0 without a softcap.
-template <class Word, class Statistic>
+template <int V, class Word, class Statistic>
 inline void softmax_bwd(float* scores, float* dp, int64_t rows, Statistic lse, Statistic delta,
                         float inverse_cap) {
   constexpr int terms = kTerms<Word>;
   for (int64_t j = 0; j < rows; j += terms) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kLaneVectors; ++v) {
+    for (int v = 0; v < V; ++v) {
       F32 p[terms], ds[terms];
 #pragma GCC unroll 2
       for (int t = 0; t < terms; ++t) {

@@ -51,8 +51,13 @@ class TaskList {
   static int64_t pick_tiles(int64_t rows, int64_t kv_heads, int64_t tile_bytes, int num_threads,
                             Length&& length) {
     const int64_t fitting = (640 << 10) / tile_bytes;
-    const int64_t share = total(rows, kLanes, length) * kv_heads / (8 * num_threads);
-    return max<int64_t>(1, min<int64_t>(16, min(fitting, share)));
+    int64_t all = 0, longest = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t tiles = ceil_div(length(row), int64_t(kLanes));
+      all += tiles, longest = max(longest, tiles);
+    }
+    const int64_t share = all * kv_heads / (8 * num_threads);
+    return max<int64_t>(1, min(min<int64_t>(16, longest), min(fitting, share)));
   }
 
   Buffer<Task> tasks_;
