@@ -3,7 +3,7 @@
 # make test   install, lint, and run every test against the installed wheel
 # make static every Triton and CUDA kernel compiled for every supported GPU, without one: registers, spills, instructions
 # make gpu    where a CUDA device is: test, compute-sanitizer and benchmark on it, without a network
-# The rest: make lint, format, sanitize, emulate-sanitize, bench, clean.
+# The rest: make lint, format, sanitize, emulate-sanitize, emulate-races, bench, clean.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
