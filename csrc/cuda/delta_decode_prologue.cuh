@@ -89,7 +89,7 @@ class Prologue {
     const DeltaAttentionParams& p = call_.p.attention.attention;
     const int64_t t = row_.start + job.token;
     const int64_t position = position_of(p.rotary, row_.batch, t, max(row_.first_slot + job.token, 0));
-    const HeadPreparation<kD, 0> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
+    const HeadPreparation<kD, 0, 8> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
     float y[kChannels];
     preparation.load(job.source.template at<T>(row_.batch, t, job.head), y);
     preparation.prepare(shared_.reads + job.token * call_.HR, p.norm_eps, job.rotary,

@@ -39,8 +39,8 @@ DELTAMEM_DEVICE void load_reads(const Tensor& reads, int64_t batch, int64_t toke
 }
 
 // kD >= D channels from row `first` of the weight on. kHR > 0: the weight has kHR columns and is kept in
-// registers; 0: it has any number of them, read again for every row.
-template <int kD, int kHR>
+// registers; 0: it has any number of them, read again for every row, kAtOnce at a time.
+template <int kD, int kHR, int kAtOnce = 1>
 class HeadPreparation {
  public:
   static constexpr int kChannels = kD / 32;  // of a lane
@@ -49,7 +49,9 @@ class HeadPreparation {
       : on_(on), first_(first), D_(D), HR_(HR) {
     if (on.norm) load_floats(on.norm, channel(0), norm_, left());
     if constexpr (kHR > 0) {
-      if (on.delta) load_weights(0, weight_);
+      if (on.delta) {
+        dispatch_float(on.delta.dtype, [&](auto type) { load_columns<decltype(type)>(0, weight_); });
+      }
     }
   }
 
@@ -94,10 +96,14 @@ class HeadPreparation {
     if constexpr (kHR > 0) {
       add_product(weight_, reads, y);
     } else {
-      int j = 0;
+      dispatch_float(on_.delta.dtype, [&](auto type) {
+        int j = 0;
 #pragma unroll 1
-      for (; j + kColumns <= HR_; j += kColumns) add_columns<kColumns>(j, reads, y);
-      for (; j < HR_; ++j) add_columns<1>(j, reads, y);
+        for (; kAtOnce > 1 && j + kAtOnce <= HR_; j += kAtOnce) {
+          add_columns<decltype(type), kAtOnce>(j, reads, y);
+        }
+        for (; j < HR_; ++j) add_columns<decltype(type), 1>(j, reads, y);
+      });
     }
   }
 
@@ -150,21 +156,16 @@ class HeadPreparation {
   }
 
  private:
-  static constexpr int kColumns = 8;  // of a weight that is not kept, at a time
-
   // Channels from the lane's first one on.
   DELTAMEM_DEVICE int left() const { return D_ - channel(0); }
 
-  // Columns [j, j + kCount) of the lane's rows of the weight; 0 past D.
-  template <int kCount>
-  DELTAMEM_DEVICE void load_weights(int j, float (&weight)[kChannels][kCount]) const {
-    dispatch_float(on_.delta.dtype, [&](auto type) {
+  // Columns [j, j + kCount) of the lane's rows of the weight, of type W; 0 past D.
+  template <class W, int kCount>
+  DELTAMEM_DEVICE void load_columns(int j, float (&weight)[kChannels][kCount]) const {
 #pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        load_vector(on_.delta.at<decltype(type)>(first_ + channel(i)) + j, weight[i],
-                    i < left() ? kCount : 0);
-      }
-    });
+    for (int i = 0; i < kChannels; ++i) {
+      load_vector(on_.delta.at<W>(first_ + channel(i)) + j, weight[i], i < left() ? kCount : 0);
+    }
   }
   template <int kCount>
   DELTAMEM_DEVICE static void add_product(const float (&weight)[kChannels][kCount], const float* reads,
@@ -177,10 +178,10 @@ class HeadPreparation {
       y[i] += sum;
     }
   }
-  template <int kCount>
+  template <class W, int kCount>
   DELTAMEM_DEVICE void add_columns(int j, const float* reads, float (&y)[kChannels]) const {
     float weight[kChannels][kCount];
-    load_weights(j, weight);
+    load_columns<W>(j, weight);
     add_product(weight, reads + j, y);
   }
 
