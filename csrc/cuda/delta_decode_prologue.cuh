@@ -39,7 +39,8 @@ class Prologue {
   }
 
  private:
-  static constexpr int kChannels = kD / 32;  // of a lane
+  static constexpr int kChannels = kD / 32;         // of a lane
+  static constexpr int kAtOnce = kD > 128 ? 4 : 8;  // columns of a delta weight; more would spill
 
   struct Job {
     const Tensor& source;
@@ -89,7 +90,7 @@ class Prologue {
     const DeltaAttentionParams& p = call_.p.attention.attention;
     const int64_t t = row_.start + job.token;
     const int64_t position = position_of(p.rotary, row_.batch, t, max(row_.first_slot + job.token, 0));
-    const HeadPreparation<kD, 0, 8> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
+    const HeadPreparation<kD, 0, kAtOnce> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
     float y[kChannels];
     preparation.load(job.source.template at<T>(row_.batch, t, job.head), y);
     preparation.prepare(shared_.reads + job.token * call_.HR, p.norm_eps, job.rotary,

@@ -96,12 +96,13 @@ class HeadPreparation {
     if constexpr (kHR > 0) {
       add_product(weight_, reads, y);
     } else {
-      dispatch_float(on_.delta.dtype, [&](auto type) {
-        int j = 0;
+      int j = 0;
 #pragma unroll 1
-        for (; kAtOnce > 1 && j + kAtOnce <= HR_; j += kAtOnce) {
-          add_columns<decltype(type), kAtOnce>(j, reads, y);
-        }
+      for (; kAtOnce > 1 && j + kAtOnce <= HR_; j += kAtOnce) {
+        dispatch_float(on_.delta.dtype,
+                       [&](auto type) { add_columns<decltype(type), kAtOnce>(j, reads, y); });
+      }
+      dispatch_float(on_.delta.dtype, [&](auto type) {
         for (; j < HR_; ++j) add_columns<decltype(type), 1>(j, reads, y);
       });
     }
