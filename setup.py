@@ -14,7 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-CUDA_ARCHS = ("80", "86", "89", "90a", "100", "120")  # of these, those that the compiler found knows
+# Of these GPUs, those that the compiler found knows. PTX is the same within a group: it is made once, for the first.
+CUDA_ARCHS = (("80", "86", "89"), ("90a",), ("100", "120"))
 
 
 def find_nvcc() -> str | None:
@@ -23,10 +24,11 @@ def find_nvcc() -> str | None:
     return next((found for place in places if place and (found := shutil.which(place))), None)
 
 
-def cuda_archs(nvcc: str) -> list[str]:
-    """DELTAMEM_CUDA_ARCHS, or the default ones, as CMake names them; PTX of the last one serves what comes after."""
+def cuda_code(nvcc: str) -> list[str]:
+    """DELTAMEM_CUDA_ARCHS, or the default ones, as nvcc's --generate-code; PTX of the newest serves later ones."""
     listed = subprocess.run([nvcc, "--list-gpu-arch"], check=True, capture_output=True, text=True).stdout
     known = re.findall(r"compute_(\d+)", listed)
+    default = [arch for group in CUDA_ARCHS for arch in group]
     asked = os.environ.get("DELTAMEM_CUDA_ARCHS")
     if asked:
         archs = re.split(r"[;, ]+", asked)
@@ -34,11 +36,15 @@ def cuda_archs(nvcc: str) -> list[str]:
             if arch.rstrip("af") not in known:
                 raise SystemExit(f"DELTAMEM_CUDA_ARCHS must name what {nvcc} knows ({', '.join(known)}), got {arch!r}")
     else:
-        archs = [arch for arch in CUDA_ARCHS if arch.rstrip("a") in known]
+        archs = [arch for arch in default if arch.rstrip("a") in known]
         if not archs:
-            raise SystemExit(f"{nvcc} must know one of {', '.join(CUDA_ARCHS)}; DELTAMEM_CUDA=0 leaves CUDA out")
-    last = archs[-1].rstrip("af")
-    return [*(f"{arch}-real" for arch in archs), f"{last}-virtual"]
+            raise SystemExit(f"{nvcc} must know one of {', '.join(default)}; DELTAMEM_CUDA=0 leaves CUDA out")
+    groups = [[arch for arch in group if arch in archs] for group in CUDA_ARCHS]
+    groups += [[arch] for arch in archs if arch not in default]
+    groups = sorted(filter(None, groups), key=lambda group: int(group[0].rstrip("af")))
+    newest = groups[-1][0].rstrip("af")
+    code = [f"arch=compute_{group[0]},code=[{','.join(f'sm_{arch}' for arch in group)}]" for group in groups]
+    return [*code, f"arch=compute_{newest},code=[compute_{newest}]"]
 
 
 def cuda_arguments() -> tuple[list[str], str | None]:
@@ -53,7 +59,7 @@ def cuda_arguments() -> tuple[list[str], str | None]:
         if wish == "1":
             raise SystemExit("DELTAMEM_CUDA=1 needs nvcc: put it on PATH, or name it by CUDACXX or CUDA_HOME")
         return [], "no nvcc was found when the package was built (PATH, CUDACXX, CUDA_HOME)"
-    return [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(cuda_archs(nvcc))}"], None
+    return [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DDELTAMEM_CUDA_CODE={';'.join(cuda_code(nvcc))}"], None
 
 
 class CMakeBuild(build_ext):

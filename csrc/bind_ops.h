@@ -28,6 +28,23 @@ inline DeltaPrepParams prep_params(T q, T k, T v, T reads, T delta_q, T delta_k,
           .v_prep = {}};
 }
 
+inline DeltaAttentionParams attention_params(T q, T k, T v, T reads, T delta_q, T q_norm, float norm_eps,
+                                             T cos, T sin, bool interleaved, T positions, T token_mask,
+                                             T cu_seqlens, float scale, bool causal, int64_t window_left,
+                                             int64_t window_right, float softcap, T out, T lse) {
+  return {.q = q,
+          .k = k,
+          .v = v,
+          .reads = reads,
+          .on_q = {delta_q, q_norm},
+          .norm_eps = norm_eps,
+          .rotary = {cos, sin, interleaved, positions},
+          .rows = {token_mask, cu_seqlens},
+          .softmax = {scale, causal, window_left, window_right, softcap},
+          .out = out,
+          .lse = lse};
+}
+
 }  // namespace bindings
 
 template <class Backend>
@@ -118,17 +135,9 @@ void bind_ops(pybind11::module_& m) {
         [](T q, T k, T v, T reads, T delta_q, T q_norm, float norm_eps, T cos, T sin, bool interleaved,
            T positions, T token_mask, T cu_seqlens, float scale, bool causal, int64_t window_left,
            int64_t window_right, float softcap, T out, T lse) {
-          Backend::run(DeltaAttentionParams{q,
-                                            k,
-                                            v,
-                                            reads,
-                                            {delta_q, q_norm},
-                                            norm_eps,
-                                            {cos, sin, interleaved, positions},
-                                            {token_mask, cu_seqlens},
-                                            {scale, causal, window_left, window_right, softcap},
-                                            out,
-                                            lse});
+          Backend::run(attention_params(q, k, v, reads, delta_q, q_norm, norm_eps, cos, sin, interleaved,
+                                        positions, token_mask, cu_seqlens, scale, causal, window_left,
+                                        window_right, softcap, out, lse));
         });
 
   m.def("delta_attention_bwd",
@@ -147,28 +156,20 @@ void bind_ops(pybind11::module_& m) {
                                                dv});
         });
 
-  m.def(
-      "delta_attention_with_kvcache",
-      [](T q, T k_cache, T v_cache, T reads, T delta_q, T q_norm, float norm_eps, T cos, T sin,
-         bool interleaved, T positions, T token_mask, T cu_seqlens, T cache_seqlens, T cache_leftpad,
-         T block_table, T state_indices, bool appended, float scale, bool causal, int64_t window_left,
-         int64_t window_right, float softcap, int64_t num_splits, T out, T lse) {
-        Backend::run(DeltaAttentionCacheParams{{q,
-                                                {},
-                                                {},
-                                                reads,
-                                                {delta_q, q_norm},
-                                                norm_eps,
-                                                {cos, sin, interleaved, positions},
-                                                {token_mask, cu_seqlens},
-                                                {scale, causal, window_left, window_right, softcap},
-                                                out,
-                                                lse},
-                                               {k_cache, v_cache, cache_seqlens, cache_leftpad, block_table},
-                                               state_indices,
-                                               appended,
-                                               num_splits});
-      });
+  m.def("delta_attention_with_kvcache", [](T q, T k_cache, T v_cache, T reads, T delta_q, T q_norm,
+                                           float norm_eps, T cos, T sin, bool interleaved, T positions,
+                                           T token_mask, T cu_seqlens, T cache_seqlens, T cache_leftpad,
+                                           T block_table, T state_indices, bool appended, float scale,
+                                           bool causal, int64_t window_left, int64_t window_right,
+                                           float softcap, int64_t num_splits, T out, T lse) {
+    Backend::run(DeltaAttentionCacheParams{
+        attention_params(q, {}, {}, reads, delta_q, q_norm, norm_eps, cos, sin, interleaved, positions,
+                         token_mask, cu_seqlens, scale, causal, window_left, window_right, softcap, out, lse),
+        {k_cache, v_cache, cache_seqlens, cache_leftpad, block_table},
+        state_indices,
+        appended,
+        num_splits});
+  });
 
   m.def("delta_decode",
         [](T q, T k_cache, T v_cache, T k, T v, T mem_q, T mem_k, T mem_v, T beta, T lam, T state_pool,
@@ -179,17 +180,9 @@ void bind_ops(pybind11::module_& m) {
            int64_t window_left, int64_t window_right, float softcap, int64_t num_splits, T out, T reads,
            T lse) {
           Backend::run(DeltaDecodeParams{
-              {{q,
-                {},
-                {},
-                reads,
-                {delta_q, q_norm},
-                norm_eps,
-                {cos, sin, interleaved, positions},
-                {token_mask, cu_seqlens},
-                {scale, causal, window_left, window_right, softcap},
-                out,
-                lse},
+              {attention_params(q, {}, {}, reads, delta_q, q_norm, norm_eps, cos, sin, interleaved, positions,
+                                token_mask, cu_seqlens, scale, causal, window_left, window_right, softcap,
+                                out, lse),
                {k_cache, v_cache, cache_seqlens, cache_leftpad, block_table},
                state_indices,
                static_cast<bool>(k),

@@ -20,8 +20,7 @@ def describe(backend: str) -> str:
         kernels = importlib.import_module(ops.NATIVE_MODULES[backend])
         if kernels.emulated:
             return "emulated on the CPU"
-        built = [arch.removesuffix("-real") for arch in kernels.architectures.split(",") if arch.endswith("-real")]
-        return f"built for sm_{', sm_'.join(built)}, and as PTX for later GPUs"
+        return f"built for {kernels.architectures}, and as PTX for later GPUs"
     if backend == "triton":
         return f"Triton {importlib.import_module('triton').__version__}"
     return "pure PyTorch"

@@ -38,13 +38,17 @@ def test_cuda_for_every_gpu_that_nvcc_knows(choices):
     assert missing is None
     assert arguments == [
         "-DCMAKE_CUDA_COMPILER=/opt/nvcc",
-        "-DCMAKE_CUDA_ARCHITECTURES=80-real;86-real;90a-real;120-real;120-virtual",
+        "-DDELTAMEM_CUDA_CODE=arch=compute_80,code=[sm_80,sm_86];arch=compute_90a,code=[sm_90a];"
+        "arch=compute_120,code=[sm_120];arch=compute_120,code=[compute_120]",
     ]
 
 
 def test_cuda_for_named_gpus(choices):
-    arguments, _ = choices(DELTAMEM_CUDA_ARCHS="80, 90a")["cuda_arguments"]()
-    assert arguments[1] == "-DCMAKE_CUDA_ARCHITECTURES=80-real;90a-real;90-virtual"
+    arguments, _ = choices(DELTAMEM_CUDA_ARCHS="90a, 80")["cuda_arguments"]()
+    assert arguments[1] == (
+        "-DDELTAMEM_CUDA_CODE=arch=compute_80,code=[sm_80];arch=compute_90a,code=[sm_90a];"
+        "arch=compute_90,code=[compute_90]"
+    )
 
 
 def test_a_gpu_that_nvcc_does_not_know(choices):

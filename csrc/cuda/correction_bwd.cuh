@@ -17,12 +17,17 @@ inline constexpr int kBwdWarps = 8;
 inline constexpr int kChunk = 32;      // tokens for which a warp keeps a head's sums in registers
 inline constexpr int kMaxParts = 256;  // about two blocks for each multiprocessor of the largest chips
 
-// The tokens of a call in parts of whole chunks; the same on every chip, as are the bits of the sums.
+// The tokens of a call, rows of T, in parts of whole chunks, a part a block; the same on every chip, as are
+// the bits of the sums. HR: numbers of a token's reads.
 struct Parts {
-  int64_t tokens, chunks_each;
+  int64_t T, tokens, chunks_each;
+  int HR;
 
-  explicit Parts(int64_t tokens) : tokens(tokens), chunks_each(1) {
-    chunks_each = ceil_div(ceil_div(tokens, int64_t{kChunk}), int64_t{kMaxParts});
+  Parts(int64_t T, int64_t tokens, int HR)
+      : T(T),
+        tokens(tokens),
+        chunks_each(ceil_div(ceil_div(tokens, int64_t{kChunk}), int64_t{kMaxParts})),
+        HR(HR) {
     if (chunks_each == 0) chunks_each = 1;
   }
   int64_t count() const { return ceil_div(tokens, kChunk * chunks_each); }
@@ -132,6 +137,33 @@ DELTAMEM_DEVICE float sum_of_warps(const float* rows, int count, int i) {
 #pragma unroll
   for (int w = 0; w < kBwdWarps; ++w) sum += rows[int64_t{w} * count + i];
   return sum;
+}
+
+// The chunks of this block's part: reads [kChunk, HR] of one into shared memory, work(first token, count,
+// this warp's dreads, whether it is the part's first), then what the warps left in all_dreads [kBwdWarps,
+// kChunk, HR] summed to `to`, if it is there. The whole block calls it.
+template <class Work>
+DELTAMEM_DEVICE void walk_chunks(const Parts& s, const Tensor& from, const Tensor& to, float* reads,
+                                 float* all_dreads, Work&& work) {
+  float* dreads = all_dreads + int64_t{ptx::warp()} * kChunk * s.HR;
+  for (int64_t chunk = 0; chunk < s.chunks_each; ++chunk) {
+    const int64_t first = (ptx::block() * s.chunks_each + chunk) * kChunk;
+    const int count = s.tokens - first < kChunk ? s.tokens - first : kChunk;
+    if (count <= 0) break;
+    ptx::sync_block();  // the last chunk's sums are read, its reads used
+    for (int i = ptx::warp(); i < count && s.HR > 0; i += kBwdWarps) {
+      load_reads(from, (first + i) / s.T, (first + i) % s.T, reads + i * s.HR);
+    }
+    for (int i = ptx::lane(); i < kChunk * s.HR; i += kWarp) dreads[i] = 0.0f;
+    ptx::sync_block();
+    work(first, count, dreads, chunk == 0);
+    ptx::sync_block();
+    for (int i = ptx::thread(); to && i < count * s.HR; i += kBwdWarps * kWarp) {
+      const int64_t token = first + i / s.HR;
+      const int j = i % s.HR, R = to.size[3];
+      *(to.at<float>(token / s.T, token % s.T, j / R) + j % R) = sum_of_warps(all_dreads, kChunk * s.HR, i);
+    }
+  }
 }
 
 // out [count] = sum over parts of parts [num_parts, stride], rounded to out's dtype.

@@ -11,17 +11,18 @@ namespace deltamem::cuda {
 inline constexpr int kBatch = 4;
 inline constexpr int kReads = 8;  // columns of a delta weight at a time
 
-// x = reads [first, first + kReads) of a token; 0 past HR.
-DELTAMEM_DEVICE void load_reads(const Tensor& reads, const TokenPlace& place, int first, float (&x)[kReads]) {
-  const int R = static_cast<int>(reads.size[3]), HR = static_cast<int>(reads.size[2]) * R;
-  const bool in_line = reads.size[2] == 1 || reads.stride[2] == R;
-  if (in_line && first + kReads <= HR) {
+// x = reads [first, first + kCount) of a token.
+template <int kCount>
+DELTAMEM_DEVICE void load_reads(const Tensor& reads, const TokenPlace& place, int first, float (&x)[kCount]) {
+  const int R = static_cast<int>(reads.size[3]);
+  int h = first / R, r = first % R;
+  if (reads.size[2] == 1 || reads.stride[2] == R) {  // heads in line
     return load_vector(reads.at<float>(place.batch, place.token) + first, x);
   }
 #pragma unroll
-  for (int i = 0; i < kReads; ++i) {
-    const int j = first + i;
-    x[i] = j < HR ? reads.at<float>(place.batch, place.token, j / R)[j % R] : 0.0f;
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = reads.at<float>(place.batch, place.token, h)[r];
+    if (++r == R) r = 0, ++h;
   }
 }
 
@@ -35,30 +36,34 @@ struct QueryRows {
   // y += delta reads
   DELTAMEM_DEVICE static void correct(const DeltaAttentionParams& p, int head,
                                       const TokenPlace (&place)[kBatch], Values& y) {
-    const Tensor& delta = p.on_q.delta;
-    const int HR = static_cast<int>(delta.size[1]);
+    const int HR = static_cast<int>(p.on_q.delta.size[1]);
+    int first = 0;
 #pragma unroll 1
-    for (int first = 0; first < HR; first += kReads) {
-      float reads[kBatch][kReads], weight[kChannels][kReads];
+    for (; first + kReads <= HR; first += kReads) add_columns<kReads>(p, head, place, first, y);
+#pragma unroll 1
+    for (; first < HR; ++first) add_columns<1>(p, head, place, first, y);
+  }
+
+  // Of columns [first, first + kCount) of delta.
+  template <int kCount>
+  DELTAMEM_DEVICE static void add_columns(const DeltaAttentionParams& p, int head,
+                                          const TokenPlace (&place)[kBatch], int first, Values& y) {
+    float reads[kBatch][kCount], weight[kChannels][kCount];
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) load_reads(p.reads, place[b], first, reads[b]);
+    for (int b = 0; b < kBatch; ++b) load_reads(p.reads, place[b], first, reads[b]);
+    const Tensor& delta = p.on_q.delta;
+    dispatch_float(delta.dtype, [&](auto type) {
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
-        const int64_t at = delta.offset(int64_t(head) * D + channel() + i) + first;
-        if (first + kReads <= HR) {
-          load_floats(delta, at, weight[i]);
-        } else {
-#pragma unroll
-          for (int j = 0; j < kReads; ++j) weight[i][j] = first + j < HR ? load_float(delta, at + j) : 0.0f;
-        }
+        load_vector(delta.at<decltype(type)>(int64_t(head) * D + channel() + i) + first, weight[i]);
       }
+    });
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
+    for (int b = 0; b < kBatch; ++b) {
 #pragma unroll
-        for (int i = 0; i < kChannels; ++i) {
+      for (int i = 0; i < kChannels; ++i) {
 #pragma unroll
-          for (int j = 0; j < kReads; ++j) y[b][i] += weight[i][j] * reads[b][j];
-        }
+        for (int j = 0; j < kCount; ++j) y[b][i] += weight[i][j] * reads[b][j];
       }
     }
   }

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   Schedule<kD> schedule(call, &block);
   const bool has_memory = static_cast<bool>(call.p.memory.mem_q);
   int reads_of = -1;  // the row whose reads are in shared memory
-  for (schedule.begin(); !schedule.is_done(); schedule.advance()) {
+  schedule.begin();
+  while (schedule.advance()) {
     const Row& row = schedule.row();
     const Segment& segment = schedule.segment();
     SliceLoader<T, kD> loader(call, row, segment);
@@ -70,19 +71,25 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
       loader.copy_values(shared.stage(call.stages, stage, 1));
     }
 
-    // While they fly. The block that is last to have read the row's state stores the new one.
-    bool is_last_reader = false, is_read = row.number == reads_of;
+    // While they fly, the memory is replayed for its reads, and once more by the block that is last to have
+    // read the row's state, which stores the new one. A loop, so that replay's code stands here once.
+    bool replays = has_memory && row.number != reads_of;
     reads_of = row.number;
-    if (has_memory && !is_read) replay(call, row, shared.reads);
-    ptx::sync_block();
-    if (has_memory && ptx::thread() == 0) {
-      is_last_reader = Merge<T, kD>::arrive(call.row_counters + row.number, segment.listed_tiles,
-                                            call.kv_heads * row.column_blocks * row.listed_tiles());
+#pragma unroll 1
+    for (int stores = 0; stores < 2; ++stores) {
+      if (replays) replay(call, row, shared.reads, stores);
+      if (stores) break;
+      ptx::sync_block();
+      bool is_last_reader = false;
+      if (has_memory && ptx::thread() == 0) {
+        is_last_reader = Merge<T, kD>::arrive(call.row_counters + row.number, segment.listed_tiles,
+                                              call.kv_heads * row.column_blocks * row.listed_tiles());
+      }
+      Prologue<T, kD>(call, row, segment, shared).run();
+      if (ptx::thread() == 0) block.is_last_reader = is_last_reader;
+      ptx::sync_block();
+      replays = block.is_last_reader;
     }
-    Prologue<T, kD>(call, row, segment, shared).run();
-    if (ptx::thread() == 0) block.is_last_reader = is_last_reader;
-    ptx::sync_block();
-    if (block.is_last_reader) replay(call, row, nullptr);
 
     const Merge<T, kD> merge(call, row, segment, shared);
     if (segment.columns <= 8) {

@@ -125,11 +125,10 @@ struct StateTargets {
   }
 };
 
-// reads [tokens, HR], in shared memory, of the row's tokens. Null: the tokens' reads and states go into the
-// caller's tensors instead, zeros for masked tokens' reads; no other block may then read the state.
-DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads) {
+// reads [tokens, HR], in shared memory, of the row's tokens. Or it stores: the tokens' reads and states go
+// into the caller's tensors instead, zeros for masked tokens' reads; no other block may then read the state.
+DELTAMEM_DEVICE void replay(const Argument& call, const Row& row, float* reads, bool stores) {
   const Memory& memory = call.p.memory;
-  const bool stores = reads == nullptr;
   const int R = static_cast<int>(memory.mem_q.size[3]), tokens = row.tokens,
             length = stores ? row.length : tokens;
   const StateTargets targets{call.p.pool, row};

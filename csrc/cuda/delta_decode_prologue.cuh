@@ -34,18 +34,13 @@ class Prologue {
         clear_query(job);
         continue;
       }
-      const Job found =
-          job < columns ? query(job) : fresh(first_new + (job - columns) / 2, (job - columns) % 2);
-      if (call_.HR == 8) {
-        prepare<8>(found);
-      } else {
-        prepare<0>(found);
-      }
+      prepare(job < columns ? query(job) : fresh(first_new + (job - columns) / 2, (job - columns) % 2));
     }
   }
 
  private:
-  static constexpr int kChannels = kD / 32;  // of a lane
+  static constexpr int kChannels = kD / 32;         // of a lane
+  static constexpr int kAtOnce = kD > 128 ? 4 : 8;  // columns of a delta weight; more would spill
 
   struct Job {
     const Tensor& source;
@@ -91,12 +86,11 @@ class Prologue {
             appended};
   }
 
-  template <int kHR>
   DELTAMEM_DEVICE void prepare(const Job& job) const {
     const DeltaAttentionParams& p = call_.p.attention.attention;
     const int64_t t = row_.start + job.token;
     const int64_t position = position_of(p.rotary, row_.batch, t, max(row_.first_slot + job.token, 0));
-    const HeadPreparation<kD, kHR> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
+    const HeadPreparation<kD, 0, kAtOnce> preparation(job.on, int64_t{job.head} * call_.D, call_.D, call_.HR);
     float y[kChannels];
     preparation.load(job.source.template at<T>(row_.batch, t, job.head), y);
     preparation.prepare(shared_.reads + job.token * call_.HR, p.norm_eps, job.rotary,

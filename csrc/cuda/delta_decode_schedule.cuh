@@ -50,7 +50,7 @@ class Schedule {
  public:
   DELTAMEM_DEVICE Schedule(const Argument& call, BlockState* block) : call_(call), b_(*block) {}
 
-  // Finds the block's range and its first segment. Every thread calls it.
+  // Finds the block's range, and the row in which it begins. Every thread calls it.
   DELTAMEM_DEVICE void begin() {
     const int chunk = ceil_div(call_.rows, kThreads), first = min(ptx::thread() * chunk, call_.rows);
     const int last = min(first + chunk, call_.rows);
@@ -80,26 +80,28 @@ class Schedule {
     const int position = static_cast<int>(min(ptx::block() * per_block, static_cast<int64_t>(total)));
     if (ptx::thread() == 0) {
       b_.per_block = per_block, b_.position = position, b_.end = min(position + per_block, total);
+      b_.segment.listed_tiles = 0;  // nothing is walked yet
     }
-    ptx::sync_block();
     // The thread among whose rows the range begins.
-    if (position < total && start <= position && position < start + own) find_first(first, start);
-    ptx::sync_block();
+    if (position < total && start <= position && position < start + own) {
+      b_.row.number = first;
+      b_.row_start = start;
+    }
   }
 
-  DELTAMEM_DEVICE bool is_done() const { return b_.position >= b_.end; }
-  // Of the segment at hand; valid while not is_done().
+  // Of the segment at hand.
   DELTAMEM_DEVICE const Row& row() const { return b_.row; }
   DELTAMEM_DEVICE const Segment& segment() const { return b_.segment; }
 
-  // To the next segment. Every thread calls it.
-  DELTAMEM_DEVICE void advance() {
+  // To the first segment, or the next one; false: there is none. Every thread calls it.
+  DELTAMEM_DEVICE bool advance() {
     ptx::sync_block();
     if (ptx::thread() == 0) {
       b_.position += b_.segment.listed_tiles;
       find_first(b_.row.number, b_.row_start);
     }
     ptx::sync_block();
+    return b_.position < b_.end;
   }
 
  private:

@@ -10,10 +10,9 @@ namespace {
 
 constexpr int kPiece = 128, kChannels = kPiece / 32;
 
-struct Sizes {
-  int64_t T, tokens, chunks_each;
+struct Sizes : Parts {
   int64_t delta_floats, part_floats;  // of a part: [hidden, HR], then rms_weight's [hidden]
-  int hidden, HR, pieces;
+  int hidden, pieces;
 };
 
 struct Scratch {
@@ -123,34 +122,17 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, 1)
     output_bwd_kernel(const __grid_constant__ DeltaOutputBwdParams p, const __grid_constant__ Correction on,
                       const __grid_constant__ Sizes s, float* parts, float* dreads_rows) {
   const Scratch scratch(Carver::of_block(), s, static_cast<bool>(p.rms_weight), kHR > 0);
-  const int warp = ptx::warp(), thread = ptx::thread();
   float* part = parts + ptx::block() * s.part_floats;
-  float* all_dreads =
+  float* dreads =
       kHR > 0 ? scratch.dreads : dreads_rows + ptx::block() * (int64_t{kBwdWarps} * kChunk * s.HR);
-  float* dreads = all_dreads + int64_t{warp} * kChunk * s.HR;
-  for (int64_t chunk = 0; chunk < s.chunks_each; ++chunk) {
-    const int64_t first = (ptx::block() * s.chunks_each + chunk) * kChunk;
-    const int count = s.tokens - first < kChunk ? s.tokens - first : kChunk;
-    if (count <= 0) break;
-    ptx::sync_block();  // the last chunk's sums are read, its reads used
-    for (int i = warp; i < count; i += kBwdWarps) {
-      load_reads(p.reads, (first + i) / s.T, (first + i) % s.T, scratch.reads + i * s.HR);
-    }
-    for (int i = ptx::lane(); i < kChunk * s.HR; i += kWarp) dreads[i] = 0.0f;
-    ptx::sync_block();
+  const auto walk_pieces = [&](int64_t first, int count, float* own_dreads, bool is_first_chunk) {
     if (p.rms_weight) sum_pieces<kHR>(p, on, s, first, count, scratch);
 #pragma unroll 1
-    for (int n = warp; n < s.pieces; n += kBwdWarps) {
-      piece_bwd<kHR>(p, on, s, n, first, count, chunk == 0, scratch, dreads, part);
+    for (int n = ptx::warp(); n < s.pieces; n += kBwdWarps) {
+      piece_bwd<kHR>(p, on, s, n, first, count, is_first_chunk, scratch, own_dreads, part);
     }
-    ptx::sync_block();
-    for (int i = thread; i < count * s.HR; i += kBwdWarps * kWarp) {
-      const int64_t token = first + i / s.HR;
-      const int j = i % s.HR, R = p.dreads.size[3];
-      *(p.dreads.at<float>(token / s.T, token % s.T, j / R) + j % R) =
-          sum_of_warps(all_dreads, kChunk * s.HR, i);
-    }
-  }
+  };
+  walk_chunks(s, p.reads, p.dreads, scratch.reads, dreads, walk_pieces);
 }
 
 }  // namespace
@@ -158,16 +140,9 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, 1)
 void delta_output_bwd(const DeltaOutputBwdParams& p, Call& call) {
   const int64_t tokens = p.dy.size[0] * p.dy.size[1], hidden = p.dy.size[2];
   const int HR = static_cast<int>(p.reads.size[2] * p.reads.size[3]);
-  const Parts split(tokens);
-  Sizes s{p.dy.size[1],
-          tokens,
-          split.chunks_each,
-          hidden * HR,
-          hidden * HR + hidden,
-          static_cast<int>(hidden),
-          HR,
-          static_cast<int>(ceil_div(hidden, int64_t{kPiece}))};
-  const int64_t parts = split.count();
+  const Sizes s{Parts(p.dy.size[1], tokens, HR), hidden * HR, hidden * HR + hidden, static_cast<int>(hidden),
+                static_cast<int>(ceil_div(hidden, int64_t{kPiece}))};
+  const int64_t parts = s.count();
   float* sums = call.allocate_array<float>(parts * s.part_floats);
   const bool tuned = HR == 8;
   float* dreads_rows = tuned ? nullptr : call.allocate_array<float>(parts * kBwdWarps * kChunk * HR);

@@ -10,9 +10,8 @@ namespace deltamem::cuda {
 
 namespace {
 
-struct Sizes {
-  int HQ, HK, HV, HR;
-  int64_t T, tokens, chunks_each;
+struct Sizes : Parts {
+  int HQ, HK, HV;
   int64_t delta_floats, part_floats;  // of a part: [heads, D, HR], then norms [2, kD]
 
   DELTAMEM_HD int heads() const { return HQ + HK + HV; }
@@ -100,35 +99,18 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, 1)
     prep_bwd_kernel(const __grid_constant__ DeltaPrepBwdParams p, const __grid_constant__ Sizes s,
                     float* parts, float* dreads_rows) {
   const Scratch scratch(Carver::of_block(), kD, s.HR, kHR > 0);
-  const int warp = ptx::warp(), thread = ptx::thread();
+  const int thread = ptx::thread();
   float* sums = parts + ptx::block() * s.part_floats;
-  float* all_dreads =
+  float* dreads =
       kHR > 0 ? scratch.dreads : dreads_rows + ptx::block() * (int64_t{kBwdWarps} * kChunk * s.HR);
-  float* dreads = all_dreads + int64_t{warp} * kChunk * s.HR;
   for (int i = thread; i < kBwdWarps * 2 * kD; i += kBwdWarps * kWarp) scratch.norms[i] = 0.0f;
-
-  for (int64_t chunk = 0; chunk < s.chunks_each; ++chunk) {
-    const int64_t first = (ptx::block() * s.chunks_each + chunk) * kChunk;
-    const int count = s.tokens - first < kChunk ? s.tokens - first : kChunk;
-    if (count <= 0) break;
-    ptx::sync_block();  // the last chunk's sums are read, its reads used
-    for (int i = warp; i < count && s.HR > 0; i += kBwdWarps) {
-      load_reads(p.fwd.reads, (first + i) / s.T, (first + i) % s.T, scratch.reads + i * s.HR);
-    }
-    for (int i = ptx::lane(); i < kChunk * s.HR; i += kWarp) dreads[i] = 0.0f;
-    ptx::sync_block();
+  const auto walk_heads = [&](int64_t first, int count, float* own_dreads, bool is_first_chunk) {
 #pragma unroll 1
-    for (int n = warp; n < s.heads(); n += kBwdWarps) {
-      head_bwd<kD, kHR>(p, s, n, first, count, chunk == 0, scratch, dreads, sums);
+    for (int n = ptx::warp(); n < s.heads(); n += kBwdWarps) {
+      head_bwd<kD, kHR>(p, s, n, first, count, is_first_chunk, scratch, own_dreads, sums);
     }
-    ptx::sync_block();
-    for (int i = thread; p.dreads && i < count * s.HR; i += kBwdWarps * kWarp) {
-      const int64_t token = first + i / s.HR;
-      const int j = i % s.HR, R = p.dreads.size[3];
-      *(p.dreads.at<float>(token / s.T, token % s.T, j / R) + j % R) =
-          sum_of_warps(all_dreads, kChunk * s.HR, i);
-    }
-  }
+  };
+  walk_chunks(s, p.fwd.reads, p.dreads, scratch.reads, dreads, walk_heads);
   ptx::sync_block();
   for (int i = thread; i < 2 * kD; i += kBwdWarps * kWarp) {
     sums[s.delta_floats + i] = sum_of_warps(scratch.norms, 2 * kD, i);
@@ -187,9 +169,7 @@ __global__ void __launch_bounds__(kBwdWarps* kWarp, 1)
 
 template <int kD>
 void queue(const DeltaPrepBwdParams& p, Sizes s, int64_t D, Call& call) {
-  const Parts tokens(s.tokens);
-  const int64_t parts = tokens.count();
-  s.chunks_each = tokens.chunks_each;
+  const int64_t parts = s.count();
   s.delta_floats = s.heads() * D * s.HR;
   s.part_floats = s.delta_floats + 2 * kD;
   float* sums = call.allocate_array<float>(parts * s.part_floats);
@@ -227,13 +207,10 @@ void delta_prep_bwd(const DeltaPrepBwdParams& p, Call& call) {
   const Tensor& x = f.q ? f.q : f.k ? f.k : f.v;
   const int HR = f.reads ? static_cast<int>(f.reads.size[2] * f.reads.size[3]) : 0;
   const int64_t D = x.size[3];
-  const Sizes s{static_cast<int>(f.q.size[2]),
+  const Sizes s{Parts(x.size[1], x.size[0] * x.size[1], HR),
+                static_cast<int>(f.q.size[2]),
                 static_cast<int>(f.k.size[2]),
                 static_cast<int>(f.v.size[2]),
-                HR,
-                x.size[1],
-                x.size[0] * x.size[1],
-                0,
                 0,
                 0};
   if (D <= 64) return queue<64>(p, s, D, call);

@@ -27,29 +27,28 @@ __global__ void __launch_bounds__(ReverseShape<RP>::kThreads, ReverseShape<RP>::
   const int longest = find_segments<S>(p.scan, shared.segments);
   Cursor<S> at(p.scan, longest);
 
-  int i = 0;
   if (thread >= S::kConsumers) {
     const int producer = thread - S::kConsumers;
     ReverseProducer<S> own(p, shared.segments[producer / S::kPieces % S::kUnits], producer);
     Cursor<S> ahead = at;
-    if (!ahead.done()) own.stage(shared.in(0), ahead);
-    for (; !ahead.done(); ++i) {
+    for (int i = 0;; ++i) {
+      if (!ahead.done()) {
+        own.stage(shared.in(i), ahead);
+        ahead.advance();
+      }
       ptx::sync_named(1, S::kThreads);  // chunk i is here, i - 1 done with
       if (i > 0) {
         own.drain(shared.in(i - 1), shared.out(i - 1), at);
         at.advance();
       }
-      ahead.advance();
-      if (!ahead.done()) own.stage(shared.in(i + 1), ahead);
+      if (at.done()) break;
     }
-    ptx::sync_named(1, S::kThreads);
-    if (i > 0) own.drain(shared.in(i - 1), shared.out(i - 1), at);
     own.sum_biases(shared.in(0));
     ptx::wait_for_previous_kernel();
   } else {
     ptx::wait_for_previous_kernel();
     ReverseLane<S> lane(p, shared.segments[thread / S::kLanes], thread);
-    for (; !at.done(); ++i, at.advance()) {
+    for (int i = 0; !at.done(); ++i, at.advance()) {
       ptx::sync_named(1, S::kThreads);
       if (!at.back && at.chunk == 0) lane.begin_part(at.part_begin());
       lane.take(shared.in(i), shared.out(i), at);

@@ -129,16 +129,9 @@ class ReverseProducer {
     if (!d) return;
     const int64_t offset = d.offset(x_.batch, x_.token(t), x_.head);
     const int first = piece_ * kPiece, rank = p_.scan.plan.rank;
-    if (first + kPiece <= rank) {
-      dispatch_float(d.dtype, [&](auto kind) {
-        store_vector(static_cast<decltype(kind)*>(d.data) + offset + first, x);
-      });
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
-        if (first + i < rank) store_float(d, offset + first + i, x[i]);
-      }
-    }
+    dispatch_float(d.dtype, [&](auto kind) {
+      store_vector(static_cast<decltype(kind)*>(d.data) + offset + first, x, rank - first);
+    });
   }
 
   const ReverseArgs& p_;

@@ -27,8 +27,8 @@ struct MapShape {
   static constexpr int kLanes = RP * kTurns;                                       // of a segment
   static constexpr int kConsumers = kUnits * kLanes;
   static constexpr int kThreads = kConsumers + kProducers;
-  static constexpr int kPieces = RP / kPiece;
-  static constexpr int kPitch = kUnits * RP;
+  static constexpr int kBlocks = RP == 16 ? 1 : kOneMap ? 3 : 2;  // of a multiprocessor
+  static constexpr int kPieces = RP / kPiece, kPitch = kUnits * RP;
   static constexpr int kChunk = kChunkFloats / kPitch;  // tokens
   static constexpr int kMatrices = kOneMap ? 1 : RP;
   static constexpr int kSize = (kMatrices + 1) * RP * RP;  // floats of a map: [kMatrices, RP, RP], b [RP, RP]
@@ -265,7 +265,7 @@ DELTAMEM_DEVICE void carry_supergroups(const ScanArgs& p, const Tree& tree, cons
 
 // Block: a group of segments of one head.
 template <int RP, bool kOneMap, bool kReverse>
-__global__ void __launch_bounds__(MapShape<RP, kOneMap>::kThreads, RP == 8 ? 2 : 1)
+__global__ void __launch_bounds__(MapShape<RP, kOneMap>::kThreads, MapShape<RP, kOneMap>::kBlocks)
     maps_kernel(const __grid_constant__ ScanArgs p) {
   using S = MapShape<RP, kOneMap>;
   ptx::let_next_kernel_start();

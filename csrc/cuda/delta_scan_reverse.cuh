@@ -25,10 +25,10 @@ struct ReverseShape : LaneShape<kRP> {
   static constexpr int kProducing =
       kRP == 64 ? 32 : 64;  // threads; chunks small enough for two blocks or more
   static constexpr int kThreads = Lanes::kConsumers + kProducing;
-  static constexpr int kFloats = kProducing * kPiece;               // an array of a chunk
-  static constexpr int kChunk = kFloats / Lanes::kPitch;            // tokens: 16, 16, 16, 4
-  static constexpr int kBlocks = kRP == 8 ? 3 : kRP == 64 ? 1 : 2;  // of a multiprocessor; more would spill
-  static constexpr int kBlock = kRP == 8 ? 4 : 2;                   // tokens whose states are in registers
+  static constexpr int kFloats = kProducing * kPiece;                // an array of a chunk
+  static constexpr int kChunk = kFloats / Lanes::kPitch;             // tokens: 16, 16, 16, 4
+  static constexpr int kBlocks = kRP == 64 ? 1 : kRP == 16 ? 2 : 3;  // of a multiprocessor; more would spill
+  static constexpr int kBlock = kRP == 8 ? 4 : 2;                    // tokens whose states are in registers
   static constexpr int kSums = Lanes::kColumns / kRowsOfWarp;  // columns of dq and dk that a lane ends with
 };
 

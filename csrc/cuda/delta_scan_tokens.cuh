@@ -132,23 +132,11 @@ DELTAMEM_DEVICE void store_row(float* p, const float (&x)[kCount]) {
 // Channels [first, first + kCount) of the row at `offset` of t; 0 from channel `rank` on.
 template <int kCount>
 DELTAMEM_DEVICE void load_channels(const Tensor& t, int64_t offset, int first, int rank, float (&x)[kCount]) {
-  if (first + kCount <= rank) {
-    load_floats(t, offset + first, x);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = first + i < rank ? load_float(t, offset + first + i) : 0.0f;
-  }
+  load_floats(t, offset + first, x, rank - first);
 }
 template <int kCount>
 DELTAMEM_DEVICE void store_channels(float* row, int first, int rank, const float (&x)[kCount]) {
-  if (first + kCount <= rank) {
-    store_vector(row + first, x);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      if (first + i < rank) row[first + i] = x[i];
-    }
-  }
+  store_vector(row + first, x, rank - first);
 }
 
 template <int kCount>

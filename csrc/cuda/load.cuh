@@ -40,12 +40,12 @@ DELTAMEM_DEVICE bool is_aligned(const void* p, int bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
-// x [kCount] = p [kCount]
+// x [kCount] = p [kCount]; 0 from element `count` on.
 template <class T, int kCount>
-DELTAMEM_DEVICE void load_vector(const T* p, float (&x)[kCount]) {
+DELTAMEM_DEVICE void load_vector(const T* p, float (&x)[kCount], int count = kCount) {
   using W = WordOf<kCount* static_cast<int>(sizeof(T))>;
   constexpr int kWords = kCount * sizeof(T) / sizeof(W), kPer = sizeof(W) / sizeof(T);
-  if (kPer > 1 && is_aligned(p, sizeof(W))) {
+  if (kPer > 1 && count >= kCount && is_aligned(p, sizeof(W))) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       const W word = reinterpret_cast<const W*>(p)[w];
@@ -56,16 +56,16 @@ DELTAMEM_DEVICE void load_vector(const T* p, float (&x)[kCount]) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) x[i] = ptx::to_float(p[i]);
+    for (int i = 0; i < kCount; ++i) x[i] = i < count ? ptx::to_float(p[i]) : 0.0f;
   }
 }
 
-// p [kCount] = x [kCount], rounded
+// p [kCount] = x [kCount], rounded; nothing from element `count` on.
 template <class T, int kCount>
-DELTAMEM_DEVICE void store_vector(T* p, const float (&x)[kCount]) {
+DELTAMEM_DEVICE void store_vector(T* p, const float (&x)[kCount], int count = kCount) {
   using W = WordOf<kCount* static_cast<int>(sizeof(T))>;
   constexpr int kWords = kCount * sizeof(T) / sizeof(W), kPer = sizeof(W) / sizeof(T);
-  if (kPer > 1 && is_aligned(p, sizeof(W))) {
+  if (kPer > 1 && count >= kCount && is_aligned(p, sizeof(W))) {
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
       T parts[kPer];
@@ -77,7 +77,9 @@ DELTAMEM_DEVICE void store_vector(T* p, const float (&x)[kCount]) {
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) p[i] = ptx::from_float<T>(x[i]);
+    for (int i = 0; i < kCount; ++i) {
+      if (i < count) p[i] = ptx::from_float<T>(x[i]);
+    }
   }
 }
 
@@ -94,7 +96,7 @@ DELTAMEM_HD auto dispatch_float(DType dtype, F&& f) {
   }
 }
 
-// Element `offset` of t, and kCount elements from it on.
+// Element `offset` of t, and kCount elements from it on, as load_vector has them.
 DELTAMEM_DEVICE float load_float(const Tensor& t, int64_t offset) {
   switch (t.dtype) {
     case DType::bf16:
@@ -106,15 +108,10 @@ DELTAMEM_DEVICE float load_float(const Tensor& t, int64_t offset) {
   }
 }
 template <int kCount>
-DELTAMEM_DEVICE void load_floats(const Tensor& t, int64_t offset, float (&x)[kCount]) {
-  switch (t.dtype) {
-    case DType::bf16:
-      return load_vector(static_cast<const bf16*>(t.data) + offset, x);
-    case DType::f16:
-      return load_vector(static_cast<const f16*>(t.data) + offset, x);
-    default:
-      return load_vector(static_cast<const float*>(t.data) + offset, x);
-  }
+DELTAMEM_DEVICE void load_floats(const Tensor& t, int64_t offset, float (&x)[kCount], int count = kCount) {
+  dispatch_float(t.dtype, [&](auto type) {
+    load_vector(static_cast<const decltype(type)*>(t.data) + offset, x, count);
+  });
 }
 DELTAMEM_DEVICE void store_float(const Tensor& t, int64_t offset, float x) {
   switch (t.dtype) {

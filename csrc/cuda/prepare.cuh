@@ -39,22 +39,18 @@ DELTAMEM_DEVICE void load_reads(const Tensor& reads, int64_t batch, int64_t toke
 }
 
 // kD >= D channels from row `first` of the weight on. kHR > 0: the weight has kHR columns and is kept in
-// registers; 0: it has any number of them, read again for every row.
-template <int kD, int kHR>
+// registers; 0: it has any number of them, read again for every row, kAtOnce at a time.
+template <int kD, int kHR, int kAtOnce = 1>
 class HeadPreparation {
  public:
   static constexpr int kChannels = kD / 32;  // of a lane
 
   DELTAMEM_DEVICE HeadPreparation(const Correction& on, int64_t first, int D, int HR)
       : on_(on), first_(first), D_(D), HR_(HR) {
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i) {
-      norm_[i] = on.norm && channel(i) < D ? load_float(on.norm, channel(i)) : 0.0f;
-      if constexpr (kHR > 0) {
-#pragma unroll
-        for (int j = 0; j < kHR; ++j) weight_[i][j] = 0.0f;
-        if (on.delta && channel(i) < D)
-          load_floats(on.delta, on.delta.offset(first + channel(i)), weight_[i]);
+    if (on.norm) load_floats(on.norm, channel(0), norm_, left());
+    if constexpr (kHR > 0) {
+      if (on.delta) {
+        dispatch_float(on.delta.dtype, [&](auto type) { load_columns<decltype(type)>(0, weight_); });
       }
     }
   }
@@ -75,23 +71,11 @@ class HeadPreparation {
   // y = this lane's channels of x [D]; 0 past D.
   template <class T>
   DELTAMEM_DEVICE void load(const T* x, float (&y)[kChannels]) const {
-    if (D_ == kD) {
-      load_vector(x + channel(0), y);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) y[i] = channel(i) < D_ ? ptx::to_float(x[channel(i)]) : 0.0f;
-    }
+    load_vector(x + channel(0), y, left());
   }
   template <class T>
   DELTAMEM_DEVICE void store(T* x, const float (&y)[kChannels]) const {
-    if (D_ == kD) {
-      store_vector(x + channel(0), y);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        if (channel(i) < D_) x[channel(i)] = ptx::from_float<T>(y[i]);
-      }
-    }
+    store_vector(x + channel(0), y, left());
   }
 
   // y = x' from y = x. reads [HR] in any memory, unused without a delta weight; rotary null: no RoPE; scratch
@@ -110,26 +94,16 @@ class HeadPreparation {
   DELTAMEM_DEVICE void correct(const float* reads, float (&y)[kChannels]) const {
     if (!on_.delta) return;
     if constexpr (kHR > 0) {
-#pragma unroll
-      for (int i = 0; i < kChannels; ++i) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < kHR; ++j) sum += weight_[i][j] * reads[j];
-        y[i] += sum;
-      }
+      add_product(weight_, reads, y);
     } else {
+      int j = 0;
+#pragma unroll 1
+      for (; kAtOnce > 1 && j + kAtOnce <= HR_; j += kAtOnce) {
+        dispatch_float(on_.delta.dtype,
+                       [&](auto type) { add_columns<decltype(type), kAtOnce>(j, reads, y); });
+      }
       dispatch_float(on_.delta.dtype, [&](auto type) {
-        const auto* weight = on_.delta.at<decltype(type)>(first_);
-        int64_t row[kChannels];  // past D any row that there is
-#pragma unroll
-        for (int i = 0; i < kChannels; ++i) row[i] = (channel(i) < D_ ? channel(i) : 0) * on_.delta.stride[0];
-        for (int j = 0; j < HR_; ++j) {
-          const float read = reads[j];
-#pragma unroll
-          for (int i = 0; i < kChannels; ++i) y[i] += ptx::to_float(weight[row[i] + j]) * read;
-        }
-#pragma unroll
-        for (int i = 0; i < kChannels; ++i) y[i] = channel(i) < D_ ? y[i] : 0.0f;
+        for (; j < HR_; ++j) add_columns<decltype(type), 1>(j, reads, y);
       });
     }
   }
@@ -183,11 +157,40 @@ class HeadPreparation {
   }
 
  private:
+  // Channels from the lane's first one on.
+  DELTAMEM_DEVICE int left() const { return D_ - channel(0); }
+
+  // Columns [j, j + kCount) of the lane's rows of the weight, of type W; 0 past D.
+  template <class W, int kCount>
+  DELTAMEM_DEVICE void load_columns(int j, float (&weight)[kChannels][kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      load_vector(on_.delta.at<W>(first_ + channel(i)) + j, weight[i], i < left() ? kCount : 0);
+    }
+  }
+  template <int kCount>
+  DELTAMEM_DEVICE static void add_product(const float (&weight)[kChannels][kCount], const float* reads,
+                                          float (&y)[kChannels]) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      float sum = weight[i][0] * reads[0];
+#pragma unroll
+      for (int j = 1; j < kCount; ++j) sum += weight[i][j] * reads[j];
+      y[i] += sum;
+    }
+  }
+  template <class W, int kCount>
+  DELTAMEM_DEVICE void add_columns(int j, const float* reads, float (&y)[kChannels]) const {
+    float weight[kChannels][kCount];
+    load_columns<W>(j, weight);
+    add_product(weight, reads + j, y);
+  }
+
   const Correction& on_;
   int64_t first_;
   int D_, HR_;
-  float norm_[kChannels];
-  float weight_[kChannels][kHR > 0 ? kHR : 1];
+  float norm_[kChannels] = {};
+  float weight_[kChannels][kHR > 0 ? kHR : 1] = {};
 };
 
 }  // namespace deltamem::cuda

@@ -63,19 +63,6 @@ DELTAMEM_DEVICE uint32_t pack<f16>(float low, float high) {
   return d;
 }
 
-template <class T>
-DELTAMEM_DEVICE float2 unpack(uint32_t x);
-template <>
-DELTAMEM_DEVICE float2 unpack<bf16>(uint32_t x) {
-  return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
-}
-template <>
-DELTAMEM_DEVICE float2 unpack<f16>(uint32_t x) {
-  __half2 h;
-  memcpy(&h, &x, 4);
-  return __half22float2(h);
-}
-
 // 2^x, two units in the last place; 2^-inf = 0.
 DELTAMEM_DEVICE float exp2(float x) {
   float y;
@@ -117,10 +104,6 @@ DELTAMEM_DEVICE T shfl_xor(T x, int mask) {
 template <class T>
 DELTAMEM_DEVICE T shfl_up(T x, int distance) {
   return __shfl_up_sync(0xffffffffu, x, distance);
-}
-template <class T>
-DELTAMEM_DEVICE T shfl_down(T x, int distance) {
-  return __shfl_down_sync(0xffffffffu, x, distance);
 }
 // The lowest bit that is set in x != 0.
 DELTAMEM_DEVICE int first_bit(uint32_t x) { return __ffs(static_cast<int>(x)) - 1; }

@@ -8,7 +8,6 @@ namespace deltamem::cuda {
 
 template <class T, int kD>
 struct Tile {
-  static constexpr int kChunks = kD / 8;  // of a row
   static_assert(kD % 64 == 0, "eight chunks are permuted among themselves");
 
   T* data;  // [rows, kD], aligned to 16 bytes
@@ -20,26 +19,12 @@ struct Tile {
   }
   DELTAMEM_DEVICE T* at(int row, int d) const { return chunk(row, d / 8) + d % 8; }
 
-  // Starts the copy of row [kD] by kThreads threads, of which this is number `thread`; zeros where not
-  // `valid`.
-  template <int kThreads>
-  DELTAMEM_DEVICE void copy_row(int row, const T* source, bool valid, int thread) const {
-#pragma unroll
-    for (int c = thread; c < kChunks; c += kThreads) ptx::cp_async(chunk(row, c), source + c * 8, valid);
-  }
-
   // ---- fragments of mma m16n8k16, see ptx.cuh
-  // --------------------------------------------------------------
 
   // Rows [row, row + 16), channels [16 k, 16 k + 16) as operand a [16 rows, 16 channels].
   DELTAMEM_DEVICE void load_a(uint32_t (&a)[4], int row, int k) const {
     const int lane = ptx::lane();
     ptx::ldmatrix(a, chunk(row + lane % 16, 2 * k + lane / 16));
-  }
-  // The same place transposed, a [16 channels, 16 rows].
-  DELTAMEM_DEVICE void load_a_transposed(uint32_t (&a)[4], int row, int k) const {
-    const int lane = ptx::lane();
-    ptx::ldmatrix_transposed(a, chunk(row + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
   }
   // Two operands b [16 channels, 8 rows]: rows [row, row + 8) in b[0], b[1], rows [row + 8, row + 16) in
   // b[2], b[3].

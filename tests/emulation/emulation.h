@@ -62,11 +62,6 @@ uint32_t pack(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
 
-template <class T>
-float2 unpack(uint32_t x) {
-  return {to_float(T{static_cast<uint16_t>(x)}), to_float(T{static_cast<uint16_t>(x >> 16)})};
-}
-
 // The device's is approximate (2 units in the last place) and flushes subnormal numbers, too.
 inline float exp2(float x) {
   const float y = exp2f(x);
@@ -112,11 +107,6 @@ template <class T>
 T shfl_up(T x, int distance, Site site = Site::current()) {
   const int from = lane() - (distance & 31);
   return shfl_from(x, from >= 0 ? from : lane(), site);
-}
-template <class T>
-T shfl_down(T x, int distance, Site site = Site::current()) {
-  const int from = lane() + (distance & 31);
-  return shfl_from(x, from < 32 ? from : lane(), site);
 }
 inline uint32_t ballot(bool condition, Site site = Site::current()) {
   emulation::Meeting meeting{emulation::Word::ballot, site, condition};

@@ -58,14 +58,6 @@ struct Pack {
     r.out[0] = ptx::pack<T>(as_float(r.in[0]), as_float(r.in[1]));
   }
 };
-template <class T>
-struct Unpack {
-  static constexpr int kIn = 1, kOut = 2;
-  static DELTAMEM_DEVICE void run(Row r, uint4*) {
-    const float2 x = ptx::unpack<T>(r.in[0]);
-    r.out[0] = as_bits(x.x), r.out[1] = as_bits(x.y);
-  }
-};
 struct Exp2 {
   static constexpr int kIn = 1, kOut = 1;
   static DELTAMEM_DEVICE void run(Row r, uint4*) { r.out[0] = as_bits(ptx::exp2(as_float(r.in[0]))); }
@@ -130,12 +122,6 @@ struct ShflUp {
   static constexpr int kIn = 2, kOut = 1;
   static DELTAMEM_DEVICE void run(Row r, uint4*) {
     r.out[0] = ptx::shfl_up(r.in[0], static_cast<int>(r.in[1]));
-  }
-};
-struct ShflDown {
-  static constexpr int kIn = 2, kOut = 1;
-  static DELTAMEM_DEVICE void run(Row r, uint4*) {
-    r.out[0] = ptx::shfl_down(r.in[0], static_cast<int>(r.in[1]));
   }
 };
 struct Ballot {
@@ -306,8 +292,6 @@ const Entry kEntries[] = {
     entry<FromFloat<f16>>("from_float<f16>"),
     entry<Pack<bf16>>("pack<bf16>"),
     entry<Pack<f16>>("pack<f16>"),
-    entry<Unpack<bf16>>("unpack<bf16>"),
-    entry<Unpack<f16>>("unpack<f16>"),
     entry<Exp2>("exp2"),
     entry<Reciprocal>("reciprocal"),
     entry<FirstBit>("first_bit"),
@@ -318,7 +302,6 @@ const Entry kEntries[] = {
     entry<Shfl>("shfl"),
     entry<ShflXor>("shfl_xor"),
     entry<ShflUp>("shfl_up"),
-    entry<ShflDown>("shfl_down"),
     entry<Ballot>("ballot"),
     entry<AtomicAdd>("atomic_add"),
     entry<AtomicInc>("atomic_inc"),
