@@ -118,7 +118,7 @@ DELTAMEM_DEVICE void piece_bwd(const DeltaOutputBwdParams& p, const Correction& 
 }
 
 template <int kHR>
-__global__ void __launch_bounds__(kBwdWarps* kWarp, 1)
+__global__ void __launch_bounds__(kBwdWarps* kWarp, 2)
     output_bwd_kernel(const __grid_constant__ DeltaOutputBwdParams p, const __grid_constant__ Correction on,
                       const __grid_constant__ Sizes s, float* parts, float* dreads_rows) {
   const Scratch scratch(Carver::of_block(), s, static_cast<bool>(p.rms_weight), kHR > 0);
