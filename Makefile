@@ -66,7 +66,7 @@ static-cuda: $(VENV)/installed
 	$(MAKE) emulated EMULATED=$(LAUNCHES) EMULATION_OPTIONS='-DDELTAMEM_RED_ZONE=0' EMULATION_TARGET='--target _cuda'
 	rm -f $(LAUNCHES)/log
 	cd tests && DELTAMEM_EMULATED=$(LAUNCHES) DELTAMEM_EMULATION_LAUNCHES=$(LAUNCHES)/log \
-	  ../$(BIN)/pytest -k "cuda and not compile" test_delta_*.py test_chain.py
+	  ../$(BIN)/pytest -k "cuda and not compile" test_delta_*.py test_cuda_*.py test_chain.py
 	DELTAMEM_CUDA=1 $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(LAUNCHES)/built .
 	cd tests && ../$(BIN)/python cuda_resources.py $(LAUNCHES)/built/deltamem_kernels/_cuda.*.so \
 	  --launches $(LAUNCHES)/log --output ../bench/results/cuda-resources.txt
