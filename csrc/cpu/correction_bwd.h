@@ -126,7 +126,7 @@ class TokenSums {
   }
 
  private:
-  static constexpr int64_t kMinBlocks = 8, kMinParts = 4, kMaxParts = 64, kMaxFloats = 1 << 23;
+  static constexpr int64_t kMinBlocks = 8, kMinParts = 4, kMaxParts = 256, kMaxFloats = 1 << 22;
 
   int64_t blocks_, floats_, parts_;
   Buffer<float> sums_;
