@@ -22,9 +22,8 @@ class TaskList {
       : tiles(pick_tiles(rows, kv_heads, tile_bytes, num_threads, length)),
         count(total(rows, tiles * kLanes, length)),
         tasks_(count) {
-    int64_t longest = 0, filled = 0;
-    for (int64_t row = 0; row < rows; ++row) longest = max(longest, ceil_div(length(row), tiles * kLanes));
-    for (int64_t n = longest - 1; n >= 0; --n) {
+    int64_t filled = 0;
+    for (int64_t n = longest(rows, tiles * kLanes, length) - 1; n >= 0; --n) {
       for (int64_t row = 0; row < rows; ++row) {
         const int64_t first = n * tiles * kLanes;
         if (first < length(row)) tasks_[filled++] = {static_cast<int32_t>(row), static_cast<int32_t>(first)};
@@ -45,19 +44,22 @@ class TaskList {
     return sum;
   }
 
+  template <class Length>
+  static int64_t longest(int64_t rows, int64_t columns, Length&& length) {
+    int64_t most = 0;
+    for (int64_t row = 0; row < rows; ++row) most = max(most, ceil_div(length(row), columns));
+    return most;
+  }
+
   // 16 tiles halve the time spent fetching K and V rows against 8 (they lie a head's stride apart, which no
   // hardware prefetcher follows); fewer where the second-level cache or the threads ask for it.
   template <class Length>
   static int64_t pick_tiles(int64_t rows, int64_t kv_heads, int64_t tile_bytes, int num_threads,
                             Length&& length) {
     const int64_t fitting = (640 << 10) / tile_bytes;
-    int64_t all = 0, longest = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t tiles = ceil_div(length(row), int64_t(kLanes));
-      all += tiles, longest = max(longest, tiles);
-    }
-    const int64_t share = all * kv_heads / (8 * num_threads);
-    return max<int64_t>(1, min(min<int64_t>(16, longest), min(fitting, share)));
+    const int64_t share = total(rows, kLanes, length) * kv_heads / (8 * num_threads);
+    const int64_t useful = min<int64_t>(16, longest(rows, kLanes, length));
+    return max<int64_t>(1, min(useful, min(fitting, share)));
   }
 
   Buffer<Task> tasks_;
