@@ -11,12 +11,14 @@ from torch.nn import functional as F
 from deltamem_kernels.hf.config import DELTA_HEADS, DeltaMemConfig
 
 Tensor = torch.Tensor
+_version = attrgetter("_version")
+_NOTHING_PACKED = {"_packed": None, "_packed_of": (), "_packed_versions": ()}
 
 
 def _versions(memory) -> tuple | None:
     """Version counters of its parameters; None: made under inference mode, they have none."""
     try:
-        return (*map(attrgetter("_version"), memory._parameters.values()),)
+        return (*map(_version, memory._parameters.values()),)
     except RuntimeError:
         return None
 
@@ -122,11 +124,11 @@ class LayerMemory(nn.Module):
 
     def repack(self) -> None:
         """Forget packed weights; the next inference call packs again."""
-        self._packed, self._packed_of, self._packed_versions = None, (), ()
+        self.__dict__.update(_NOTHING_PACKED)
 
     def __getstate__(self):
         # A copy packs its own, whose versions count from another start.
-        return self.__dict__ | {"_packed": None, "_packed_of": (), "_packed_versions": ()}
+        return self.__dict__ | _NOTHING_PACKED
 
     def repack_changed(self) -> None:
         """``repack`` if a parameter is another object, or at another version, than when it was packed.
