@@ -57,7 +57,7 @@ def environment(device: torch.device, dtype: str, method: str = METHOD) -> dict:
         "triton": _version("triton"),
         "deltamem_kernels": _version("deltamem_kernels") or _version("deltamem-kernels"),
         "commit": _commit(),
-        "command": shlex.join(sys.argv),
+        "command": _command(),
         "dtype": dtype,
         "method": method,
     }
@@ -134,6 +134,13 @@ def _commit() -> str | None:
     if commit is None:
         return os.environ.get("DELTAMEM_COMMIT") or None
     return commit + ("+changes" if _output([*git, "status", "--porcelain", "-uno"]) else "")
+
+
+def _command() -> str:
+    """What was run, without paths of this machine: where the results went says nothing of them."""
+    output = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    output.add_argument("--output")
+    return shlex.join([Path(sys.argv[0]).name, *output.parse_known_args(sys.argv[1:])[1]])
 
 
 def _output(command: list[str]) -> str | None:

@@ -84,7 +84,7 @@ def test_figures():
 def test_run(monkeypatch, capsys, tmp_path, cache):
     path = tmp_path / "out.json"
     options = f"--geometry tiny --layers 2 --prompts 24 50000 --new 3 5 --rounds 2 --device cpu --cache {cache}"
-    monkeypatch.setattr(sys, "argv", ["generate.py", *options.split(), "--output", str(path)])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/generate.py", *options.split(), "--output", str(path)])
     generate.main()
     result = json.loads(path.read_text())
     assert "skipped: over 40960 positions" in capsys.readouterr().out
@@ -96,3 +96,4 @@ def test_run(monkeypatch, capsys, tmp_path, cache):
         assert row["prefill_s"] > 0 and row["p50_ms"] <= row["p90_ms"] <= row["p99_ms"]
         assert row["full_generate_tokens_per_s"] < row["decode_only_tokens_per_s"] * row["new"] / (row["new"] - 1)
     assert max(result["environment"]["gate"].values()) <= 1
+    assert result["environment"]["command"] == f"generate.py {options}"
