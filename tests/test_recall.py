@@ -133,14 +133,14 @@ def test_memory_remembers(monkeypatch):
     monkeypatch.setitem(training.TRAINING, "pairs_until", 1.0)
     monkeypatch.setitem(training.TRAINING, "online_gain", 0.5)  # off the plateau early: few steps are left
     model = training.new_backbone(0)
-    training.train_backbone(model, 0, 250, lambda *_: None)
+    training.train_backbone(model, 0, 320, lambda *_: None)
     found = training.measure_backbone(model, 64)
-    assert found["with context"]["recall"]["4"] > 0.9 > 0.15 > found["without"]["recall"]["4"]
+    assert found["with context"]["recall"]["4"] > 0.95 > 0.15 > found["without"]["recall"]["4"]
     frozen = [x.clone() for x in model.parameters()]
     training.attach(model, 0, "standard", 16, 1)
     training.train_adapter(model, 0, 450, lambda *_: None)
     found = training.measure_adapter(model, 64)
-    assert found["recall"]["1"] > 0.95 and found["recall"]["2"] > 0.85 and found["recall"]["4"] > 0.7
+    assert found["recall"]["1"] > 0.95 and found["recall"]["2"] > 0.9 and found["recall"]["4"] > 0.8
     assert found["zeroed"] < 0.15 and found["swapped"] < 0.15
     assert all(map(torch.equal, frozen, (x for name, x in model.named_parameters() if "delta_mem" not in name)))
     assert [x.delta_mem.path for x in model.modules() if hasattr(x, "delta_mem")] == ["fused"] * 4
